@@ -1,0 +1,1 @@
+"""The asynchronous client, written by hand; `tpv._sync` is generated from it by `scripts/unasync.py`."""

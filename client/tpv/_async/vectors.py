@@ -1,0 +1,235 @@
+"""`client.vectors`: task prompt vectors with their versions and aliases."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from numpy.typing import NDArray
+from pydantic import PrivateAttr
+
+from tpv import _base, errors, files
+from tpv._async.http import AsyncHttp
+from tpv._base import UNSET, Call, InitializationLike, Unset, VectorLike
+from tpv.schemas.vectors import (
+    Alias,
+    AliasChange,
+    AliasSet,
+    Evaluation,
+    EvaluationCreate,
+    Parent,
+    Vector,
+    VectorUpdate,
+    Version,
+    VersionCreate,
+)
+from tpv.vectors import TaskPromptVector, as_prompt
+
+
+class AsyncVectorVersion(Version):
+    """One immutable version of a vector, with the way to its content."""
+
+    _http: AsyncHttp = PrivateAttr()
+
+    async def load(self) -> TaskPromptVector:
+        """The vector T (r, d), verified against its fingerprint."""
+        content = await self._http.download(f"{_base.vector_path(self)}/content", _base.Sink(), expected=self.digest)
+        return TaskPromptVector(_base.tensor_of(content, "vector", self.fingerprint), self.initialization.fingerprint)
+
+    async def download(self, path: str | Path, *, progress: bool = False) -> Path:
+        """Saves the stored safetensors file; it appears under its name when it is complete and verified."""
+        target = Path(path)
+        with _base.transfer(f"downloading {self.reference}", self.size, progress) as advance:
+            sink = _base.Sink(target, advance)
+            await self._http.download(f"{_base.vector_path(self)}/content", sink, expected=self.digest)
+        return target
+
+
+class AsyncVectors:
+    """`client.vectors`: task prompt vectors with their versions and aliases."""
+
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def register(
+        self,
+        name: str,
+        *,
+        prompt: NDArray[Any] | Any | None = None,
+        vector: TaskPromptVector | NDArray[Any] | Any | None = None,
+        file: str | Path | None = None,
+        initialization: InitializationLike | None = None,
+        task: str | Sequence[str] | None = None,
+        task_type: str | None = None,
+        description: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        metrics: Sequence[EvaluationCreate | Mapping[str, Any]] | None = None,
+        method: str | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        dataset_fingerprint: str | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        parents: Sequence[Parent | Mapping[str, Any]] | None = None,
+        progress: bool = False,
+    ) -> AsyncVectorVersion:
+        """Registers a tuned soft prompt P*, or a vector T, as the next version of `name`.
+
+        Give one of `prompt` (r, d), `vector` (a TaskPromptVector or an array) and `file` (a safetensors file with one
+        tensor named `prompt` or `vector`). A TaskPromptVector knows its initialization. Content that `name` has
+        already gives back that version, with `created` False.
+        """
+        if sum(given is not None for given in (prompt, vector, file)) != 1:
+            raise TypeError("give exactly one of prompt=, vector= and file=")
+        reference = _base.bare(name, "vector")
+        fingerprint = None
+        source: bytes | str | Path
+        if file is not None:
+            source = file
+        elif prompt is not None:
+            source = files.dump({"prompt": as_prompt(_base.as_array(prompt), "prompt")})
+        else:
+            if isinstance(vector, TaskPromptVector):
+                initialization, vector = initialization or vector.initialization, vector.tensor
+            tensor = as_prompt(_base.as_array(vector), "vector")
+            source, fingerprint = files.dump({"vector": tensor}), files.fingerprint(tensor)
+        if initialization is None:
+            raise TypeError("name the initialization that the prompt was tuned from: initialization=")
+        members = _base.given(
+            task=[task] if isinstance(task, str) else task,
+            task_type=task_type,
+            description=description,
+            tags=tags,
+            metrics=metrics,
+            method=method,
+            hyperparameters=hyperparameters,
+            dataset_fingerprint=dataset_fingerprint,
+            fingerprint=fingerprint,
+            provenance=provenance,
+            parents=parents,
+        )
+        metadata = _base.message(VersionCreate, initialization=_base.reference_of(initialization), **members)
+        with (
+            _base.open_upload(source) as upload,
+            _base.transfer(f"uploading {name}", _base.size_of(upload), progress) as advance,
+        ):
+            call = Call(
+                method="POST",
+                path=f"/vectors/{reference.path}/versions",
+                form={"metadata": metadata.model_dump_json(exclude_unset=True)},
+                parts={"file": ("vector.safetensors", _base.Upload(upload, advance), _base.SAFETENSORS)},
+                headers=_base.new_key(),
+            )
+            return self._bind(await self._http.ask(AsyncVectorVersion, call))
+
+    async def get(self, ref: VectorLike) -> AsyncVectorVersion:
+        """One version: `name:3`, `name@alias`, or the newest that is not deleted for `name` alone."""
+        return self._bind(await self._http.get(AsyncVectorVersion, _base.vector_path(ref)))
+
+    async def describe(self, name: str) -> Vector:
+        """What the versions of a vector share: tasks, description, tags, aliases."""
+        return await self._http.get(Vector, f"/vectors/{_base.bare(name, 'vector').path}")
+
+    async def evaluations(self, ref: VectorLike) -> builtins.list[Evaluation]:
+        """The figures measured on a version."""
+        path = f"{_base.vector_path(ref)}/evaluations"
+        return _base.decode_list(Evaluation, await self._http.send(Call(method="GET", path=path)))
+
+    async def predictions(self, evaluation: Evaluation | UUID | str) -> builtins.list[dict[str, Any]]:
+        """The rows behind an evaluation, in the split's order: `{"prediction": ..., "target": ...}`."""
+        number, expected = evaluation, None
+        if isinstance(evaluation, Evaluation):
+            number, expected = evaluation.id, evaluation.predictions
+        content = await self._http.download(f"/evaluations/{number}/predictions", _base.Sink(), expected=expected)
+        return _base.rows_of(content)
+
+    async def update(
+        self,
+        name: str,
+        *,
+        description: str | Unset | None = UNSET,
+        task_type: str | Unset | None = UNSET,
+        tags: Mapping[str, str] | Unset = UNSET,
+    ) -> Vector:
+        """Changes what is given, and only that; `tags` replaces all tags."""
+        members = {"description": description, "task_type": task_type, "tags": tags}
+        changes = _base.message(VectorUpdate, **{key: value for key, value in members.items() if value is not UNSET})
+        path = f"/vectors/{_base.bare(name, 'vector').path}"
+        return await self._http.ask(Vector, Call(method="PATCH", path=path, message=changes, idempotent=True))
+
+    async def delete(self, ref: VectorLike, *, force: bool = False) -> None:
+        """Deletes a version (`name:3`, `name@alias`) or the whole vector (`name`); `restore` undoes it.
+
+        Raises InUse while an alias, a live job or a descendant points there, unless forced.
+        """
+        await self._http.send(
+            Call(method="DELETE", path=_whole_or_version(ref), params={"force": "true" if force else None})
+        )
+
+    async def restore(self, ref: VectorLike) -> None:
+        """Undoes the deletion of a version (`name:3`) or of a whole vector (`name`)."""
+        await self._http.send(Call(method="POST", path=f"{_whole_or_version(ref)}/restore", idempotent=True))
+
+    async def set_alias(
+        self, name: str, alias: str, version: int, *, expected_version: int | None = None, reason: str | None = None
+    ) -> Alias:
+        """Points an alias to a version; raises AliasMoved unless it is at the expected one now."""
+        members = _base.given(version=version, expected_version=expected_version, reason=reason)
+        call = Call(method="PUT", path=_alias_path(name, alias), message=_base.message(AliasSet, **members))
+        return await self._http.ask(Alias, call)
+
+    async def delete_alias(self, name: str, alias: str) -> None:
+        """Removes an alias; its history stays."""
+        await self._http.send(Call(method="DELETE", path=_alias_path(name, alias)))
+
+    async def alias_history(self, name: str, alias: str) -> builtins.list[AliasChange]:
+        """Every move of an alias: who, when, from, to, why."""
+        call = Call(method="GET", path=f"{_alias_path(name, alias)}/history")
+        return _base.decode_list(AliasChange, await self._http.send(call))
+
+    async def versions(self, name: str, *, page_size: int | None = None) -> AsyncIterator[AsyncVectorVersion]:
+        """The versions of a vector, fetched a page at a time."""
+        path = f"/vectors/{_base.bare(name, 'vector').path}/versions"
+        async for version in self._http.pages(AsyncVectorVersion, path, {"limit": page_size}):
+            yield self._bind(version)
+
+    def list(
+        self,
+        *,
+        namespace: str | None = None,
+        task: str | None = None,
+        task_type: str | None = None,
+        base_model: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        deleted: bool = False,
+        page_size: int | None = None,
+    ) -> AsyncIterator[Vector]:
+        """The vectors that pass the filters, fetched a page at a time."""
+        params = {
+            "namespace": namespace,
+            "task": task,
+            "task_type": task_type,
+            "base_model": base_model,
+            "tag": [f"{key}:{value}" for key, value in (tags or {}).items()] or None,
+            "deleted": "true" if deleted else None,
+            "limit": page_size,
+        }
+        return self._http.pages(Vector, "/vectors", params)
+
+    def _bind(self, version: AsyncVectorVersion) -> AsyncVectorVersion:
+        version._http = self._http
+        return version
+
+
+def _whole_or_version(ref: VectorLike) -> str:
+    """The path of a version when one is named, else that of the whole vector."""
+    reference = _base.named(_base.reference_of(ref), "vector")
+    return _base.vector_path(ref) if reference.selector else f"/vectors/{reference.path}"
+
+
+def _alias_path(name: str, alias: str) -> str:
+    reference = _base.named(f"{name}@{alias}", "vector")
+    if reference.alias != alias:
+        raise errors.InvalidReference(f"{name!r}: name the vector alone")
+    return f"/vectors/{reference.path}/aliases/{alias}"

@@ -1,0 +1,316 @@
+# Generated from client/tpv/_async/jobs.py by scripts/unasync.py; change that file instead.
+# ruff: noqa
+# fmt: off
+"""`client.jobs`: work for the workers, asked for and followed; and what workers themselves report."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from pydantic import PrivateAttr
+
+from tpv import _base, errors
+from tpv._sync.http import Http
+from tpv._base import Call, DatasetLike, InitializationLike, VectorLike
+from tpv.schemas import jobs as wire
+from tpv.schemas.initializations import BaseModelReference
+
+LONG_POLL = 20.0  #: seconds that one request for events waits at most; the service allows 25
+POLL = 1.0  #: seconds between two rounds over several jobs
+PAGE = 1000  #: events asked for at once
+
+
+class Job(wire.Job):
+    """A job as it was when last asked for, with the ways to follow it."""
+
+    _jobs: Jobs = PrivateAttr()
+
+    def refresh(self) -> Job:
+        """Asks for the job's present state; changes this object and gives it back."""
+        self._become(self._jobs.get(self.id))
+        return self
+
+    def events(self, after: int = 0, *, follow: bool = False) -> Iterator[wire.Event]:
+        """The events after `after`, so far; with `follow`, also those to come, until the job has ended."""
+        while True:
+            page = self._jobs.events(self.id, after, LONG_POLL if follow else 0, limit=PAGE)
+            for event in page.items:
+                yield event
+            after = page.next_after
+            if page.finished if follow else not page.items:
+                return
+
+    def wait(
+        self,
+        timeout: float | None = None,  # noqa: ASYNC109 # the job goes on after it
+        *,
+        progress: bool = False,
+    ) -> Job:
+        """Waits until the job has ended; changes this object and gives it back.
+
+        Raises JobFailed when it did not succeed, WaitTimeout when it has not ended after `timeout` seconds: the job
+        goes on then.
+        """
+        self._jobs.wait_all([self], timeout, progress=progress)
+        return self
+
+    def cancel(self) -> Job:
+        """Asks for the job to stop; changes this object and gives it back."""
+        self._become(self._jobs.cancel(self.id))
+        return self
+
+    def _become(self, newer: Job) -> None:
+        for name in wire.Job.model_fields:
+            setattr(self, name, getattr(newer, name))
+
+
+JobLike = str | UUID | wire.Job
+
+
+class Jobs:
+    """`client.jobs`: work for the workers, asked for and followed; and what workers themselves report."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    # --- Asking for work
+
+    def submit(self, job: wire.JobCreate) -> Job:
+        """Submits a job; versions and fingerprints are resolved now."""
+        return self._bind(self._http.post(Job, "/jobs", job))
+
+    def initialize(
+        self,
+        output: str | None = None,
+        *,
+        base_model: str | BaseModelReference,
+        revision: str | None = None,
+        unpinned: bool = False,
+        seed: int = 0,
+        queue: str | None = None,
+        priority: int | None = None,
+        **options: Any,
+    ) -> Job:
+        """Has a worker draw an initialization from the base model; `options` are those of the method `initialize`."""
+        members = _base.given(output=output, queue=queue, priority=priority)
+        model = _base.base_model(base_model, revision, unpinned)
+        return self.submit(
+            _base.message(wire.JobCreate, method="initialize", base_model=model, seed=seed, options=options, **members)
+        )
+
+    def tune(
+        self,
+        *,
+        dataset: DatasetLike,
+        initialization: InitializationLike,
+        output: str,
+        method: str = "prompt-tuning",
+        shots: int | None = None,
+        shot_seed: int | None = None,
+        seed: int = 0,
+        task_type: str | None = None,
+        description: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        **options: Any,
+    ) -> Job:
+        """Tunes a soft prompt on a data set and registers its vector as the next version of `output`.
+
+        `options` are the method's own (`tpv.methods`): steps, batch_size, learning_rate ...
+        """
+        members = _base.given(
+            shots=shots,
+            shot_seed=shot_seed,
+            task_type=task_type,
+            description=description,
+            tags=tags,
+            queue=queue,
+            priority=priority,
+        )
+        return self.submit(
+            _base.message(
+                wire.JobCreate,
+                method=method,
+                dataset=_base.reference_of(dataset),
+                initialization=_base.reference_of(initialization),
+                output=output,
+                seed=seed,
+                options=options,
+                **members,
+            )
+        )
+
+    def transfer(
+        self,
+        *,
+        method: str = "dtvg",
+        target: VectorLike,
+        sources: Sequence[VectorLike],
+        dataset: DatasetLike,
+        output: str,
+        target_options: Mapping[str, Any] | None = None,
+        initialization: InitializationLike | None = None,
+        shots: int | None = None,
+        shot_seed: int | None = None,
+        seed: int = 0,
+        task_type: str | None = None,
+        description: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        **options: Any,
+    ) -> Job:
+        """Tunes the target's prompt with the help of source vectors, registered as the next version of `output`.
+
+        When `target` has no version yet, its own prompt tuning (with `target_options`) is submitted first and this job
+        waits for it. `options` are the method's own (`tpv.methods`).
+        """
+        members = _base.given(
+            target_options=target_options,
+            initialization=None if initialization is None else _base.reference_of(initialization),
+            shots=shots,
+            shot_seed=shot_seed,
+            task_type=task_type,
+            description=description,
+            tags=tags,
+            queue=queue,
+            priority=priority,
+        )
+        return self.submit(
+            _base.message(
+                wire.JobCreate,
+                method=method,
+                target=_base.reference_of(target),
+                sources=[_base.reference_of(source) for source in sources],
+                dataset=_base.reference_of(dataset),
+                output=output,
+                seed=seed,
+                options=options,
+                **members,
+            )
+        )
+
+    # --- Following it
+
+    def get(self, job: JobLike) -> Job:
+        """One job, by id."""
+        return self._bind(self._http.get(Job, f"/jobs/{_base.job_id(job)}"))
+
+    def events(
+        self, job: JobLike, after: int = 0, wait: float = 0, *, limit: int | None = None
+    ) -> wire.EventPage:
+        """One page of the events after `after`; waits up to `wait` seconds (at most 25) for the first of them."""
+        call = Call(
+            method="GET",
+            path=f"/jobs/{_base.job_id(job)}/events",
+            params={"after": after, "wait": wait or None, "limit": limit},
+            read_timeout=wait + 30.0 if wait else None,
+            retries=_base.LONG_WAIT,
+        )
+        return self._http.ask(wire.EventPage, call)
+
+    def cancel(self, job: JobLike) -> Job:
+        """Asks for a job to stop."""
+        call = Call(method="POST", path=f"/jobs/{_base.job_id(job)}/cancel", idempotent=True)
+        return self._bind(self._http.ask(Job, call))
+
+    def wait_all(
+        self,
+        jobs: Sequence[Job],
+        timeout: float | None = None,  # noqa: ASYNC109 # the jobs go on after it
+        *,
+        progress: bool = False,
+    ) -> Sequence[Job]:
+        """Waits until all the jobs have ended; raises JobFailed for the first one that did not succeed.
+
+        The others are waited for all the same. Raises WaitTimeout after `timeout` seconds; the jobs go on then.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        after = {job.id: 0 for job in jobs}
+        going = list(jobs)
+        with contextlib.ExitStack() as stack:
+            bars = stack.enter_context(_base.following(jobs)) if progress else None
+            while going:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    names = ", ".join(str(job.id) for job in going)
+                    raise errors.WaitTimeout(f"not finished after {timeout:g} s: {names}")
+                poll = min(LONG_POLL, left or LONG_POLL) if len(going) == 1 else 0.0  # one can be listened to
+                for job in tuple(going):
+                    page = self.events(job.id, after[job.id], poll, limit=PAGE)
+                    after[job.id] = page.next_after
+                    for event in page.items:
+                        if bars is not None:
+                            bars.event(job, event)
+                    if page.finished:
+                        job.refresh()
+                        going.remove(job)
+                        if bars is not None:
+                            bars.ended(job)
+                if len(going) > 1:
+                    time.sleep(POLL if left is None else min(POLL, left))
+        for job in jobs:
+            if job.state != "succeeded":
+                why = f" ({job.reason})" if job.reason else ""
+                raise errors.JobFailed(f"job {job.id} {job.state}{why}: {job.message or 'no message'}", job)
+        return jobs
+
+    def list(
+        self,
+        *,
+        state: wire.State | None = None,
+        method: str | None = None,
+        output: str | None = None,
+        page_size: int | None = None,
+    ) -> Iterator[Job]:
+        """The jobs that pass the filters, newest first, fetched a page at a time."""
+        params = {"state": state, "method": method, "output": output, "limit": page_size}
+        for job in self._http.pages(Job, "/jobs", params):
+            yield self._bind(job)
+
+    # --- Reporting, for workers (scope `worker`); the service takes a report that comes twice for one
+
+    def start_attempt(self, job: JobLike, worker: str) -> wire.AttemptStarted:
+        """Begins an attempt at a job; reports of earlier ones are refused from now on (StaleAttempt)."""
+        message = wire.AttemptStart(worker=worker)
+        return self._http.post(
+            wire.AttemptStarted, f"/jobs/{_base.job_id(job)}/attempts", message, idempotent=True
+        )
+
+    def report_events(self, job: JobLike, attempt: int, events: Sequence[wire.EventReport]) -> None:
+        """Reports what an attempt has come to."""
+        message = wire.EventsReport(events=[*events])
+        call = Call(method="POST", path=_attempt(job, attempt, "events"), message=message, idempotent=True)
+        self._http.send(call)
+
+    def stage(self, job: JobLike, attempt: int, content: bytes) -> wire.Staged:
+        """Stores a file that the result will name by its digest."""
+        call = Call(method="POST", path=_attempt(job, attempt, "staged"), content=content, idempotent=True)
+        return self._http.ask(wire.Staged, call)
+
+    def staged(self, job: JobLike, attempt: int, digest: str) -> bytes:
+        """The content of a staged file, verified."""
+        return self._http.download(_attempt(job, attempt, f"staged/{digest}"), _base.Sink(), expected=digest)
+
+    def complete(self, job: JobLike, attempt: int, result: wire.ResultReport) -> Job:
+        """Commits the result: version, evaluations, lineage and `succeeded` appear together."""
+        path = _attempt(job, attempt, "result")
+        return self._bind(self._http.post(Job, path, result, idempotent=True))
+
+    def fail(self, job: JobLike, attempt: int, failure: wire.FailureReport) -> Job:
+        """Ends the attempt without a result."""
+        path = _attempt(job, attempt, "failure")
+        return self._bind(self._http.post(Job, path, failure, idempotent=True))
+
+    def _bind(self, job: Job) -> Job:
+        job._jobs = self
+        return job
+
+
+def _attempt(job: JobLike, attempt: int, what: str) -> str:
+    return f"/jobs/{_base.job_id(job)}/attempts/{attempt}/{what}"

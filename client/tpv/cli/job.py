@@ -1,0 +1,231 @@
+"""`tpv job`: work for the workers, asked for, followed and compared."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import islice
+from typing import Annotated, Any
+
+import typer
+
+from tpv._sync.client import Client
+from tpv._sync.jobs import Job
+from tpv.cli import compare
+from tpv.cli.options import Description, Json, Limit, OptionPairs, TagPairs, connect, pairs, values
+from tpv.cli.output import Output, cell, plain
+from tpv.schemas.jobs import JobCreate, State
+
+app = typer.Typer(help="Jobs: tuning and transfer on the workers.", no_args_is_help=True)
+app.command("compare")(compare.compare)
+
+JobArgument = Annotated[str, typer.Argument(help="The job's id.", metavar="JOB")]
+DatasetOption = Annotated[str, typer.Option("--dataset", "-d", help="[namespace/]name[:version].")]
+OutputOption = Annotated[str, typer.Option("--output", help="[namespace/]name that the result is registered under.")]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimizer steps at most.")]
+ShotsOption = Annotated[int | None, typer.Option(min=1, help="Training rows overall; none: all.")]
+ShotSeedOption = Annotated[int | None, typer.Option(help="Seed of the few-shot sample.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the training.")]
+TaskTypeOption = Annotated[str | None, typer.Option(help="Task type of the result, such as nli.")]
+WaitOption = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end; Ctrl-C leaves the job running.")]
+
+
+@app.command("tune")
+def tune(
+    context: typer.Context,
+    dataset: DatasetOption,
+    initialization: Annotated[str, typer.Option("--initialization", "-i", help="Name, id or fingerprint.")],
+    output: OutputOption,
+    method: Annotated[str, typer.Option(help="Tuning method.")] = "prompt-tuning",
+    steps: StepsOption = None,
+    shots: ShotsOption = None,
+    shot_seed: ShotSeedOption = None,
+    seed: SeedOption = 0,
+    options: OptionPairs = None,
+    task_type: TaskTypeOption = None,
+    description: Description = None,
+    tags: TagPairs = None,
+    wait: WaitOption = True,
+    as_json: Json = False,
+) -> None:
+    """Tunes a soft prompt on a data set; its vector becomes the next version of the output."""
+    given = values(options) | ({"steps": steps} if steps is not None else {})
+    with connect(context) as client:
+        job = client.jobs.tune(
+            dataset=dataset,
+            initialization=initialization,
+            output=output,
+            method=method,
+            shots=shots,
+            shot_seed=shot_seed,
+            seed=seed,
+            task_type=task_type,
+            description=description,
+            tags=pairs(tags, option="--tag") or None,
+            **_free(given),
+        )
+        _end(client, job, wait, Output(as_json))
+
+
+@app.command("transfer")
+def transfer(
+    context: typer.Context,
+    target: Annotated[str, typer.Option("--target", "-t", help="The target's own vector; tuned first when missing.")],
+    sources: Annotated[list[str], typer.Option("--source", "-s", help="A source vector; repeatable.")],
+    dataset: DatasetOption,
+    output: OutputOption,
+    method: Annotated[str, typer.Option(help="Transfer method.")] = "dtvg",
+    initialization: Annotated[
+        str | None, typer.Option("--initialization", "-i", help="Default: that of the sources.")
+    ] = None,
+    steps: StepsOption = None,
+    shots: ShotsOption = None,
+    shot_seed: ShotSeedOption = None,
+    seed: SeedOption = 0,
+    options: OptionPairs = None,
+    target_options: Annotated[
+        list[str] | None,
+        typer.Option("--target-option", metavar="KEY=VALUE", help="An option of the target's own tuning; repeatable."),
+    ] = None,
+    task_type: TaskTypeOption = None,
+    description: Description = None,
+    tags: TagPairs = None,
+    wait: WaitOption = True,
+    as_json: Json = False,
+) -> None:
+    """Tunes a target's prompt with the help of source vectors; the result is the next version of the output."""
+    given = values(options) | ({"steps": steps} if steps is not None else {})
+    with connect(context) as client:
+        job = client.jobs.transfer(
+            method=method,
+            target=target,
+            sources=sources,
+            dataset=dataset,
+            output=output,
+            target_options=values(target_options, option="--target-option") or None,
+            initialization=initialization,
+            shots=shots,
+            shot_seed=shot_seed,
+            seed=seed,
+            task_type=task_type,
+            description=description,
+            tags=pairs(tags, option="--tag") or None,
+            **_free(given),
+        )
+        _end(client, job, wait, Output(as_json))
+
+
+@app.command("list")
+def list_(
+    context: typer.Context,
+    state: Annotated[State | None, typer.Option(help="Only in this state.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only of this method.")] = None,
+    output: Annotated[str | None, typer.Option("--output", help="Only with this output.")] = None,
+    limit: Limit = 50,
+    as_json: Json = False,
+) -> None:
+    """Lists jobs, newest first."""
+    with connect(context) as client:
+        found = list(islice(client.jobs.list(state=state, method=method, output=output), limit))
+    Output(as_json).table(
+        found,
+        ["job", "method", "output", "state", "step", "result", "submitted"],
+        ([j.id, j.method, plain(j.output), _state(j), _step(j), plain(j.result), j.created_at] for j in found),
+        empty="no jobs; submit one with: tpv job tune",
+    )  # fmt: skip
+
+
+@app.command("show")
+def show(context: typer.Context, job: JobArgument, as_json: Json = False) -> None:
+    """Shows one job: state, specification, attempts and metrics."""
+    with connect(context) as client:
+        found = client.jobs.get(job)
+    Output(as_json).record(found, _members(found))
+
+
+@app.command("watch")
+def watch(
+    context: typer.Context,
+    jobs: Annotated[list[str], typer.Argument(help="The jobs' ids.", metavar="JOB")],
+    as_json: Json = False,
+) -> None:
+    """Follows jobs until they have ended; with --json, prints their events, a line each."""
+    with connect(context) as client:
+        found = [client.jobs.get(job) for job in jobs]
+        if as_json:
+            for job in found:
+                for event in job.events(follow=True):
+                    typer.echo(f'{{"job":"{job.id}",{event.model_dump_json()[1:]}')
+            client.jobs.wait_all(found)
+            return
+        if not sys.stderr.isatty() and len(found) == 1:
+            for event in found[0].events(follow=True):
+                typer.echo(f"{cell(event.at)} {event.type}: {cell(event.data)}")
+        follow(client, found)
+    for job in found:
+        Output(False).note(f"{job.method} {job.id} succeeded: {plain(job.result)}  {cell(job.metrics)}")
+
+
+def follow(client: Client, jobs: Sequence[Job]) -> None:
+    """Waits for jobs, with progress bars on a terminal; Ctrl-C leaves them running and says how to go on."""
+    try:
+        client.jobs.wait_all(jobs, progress=sys.stderr.isatty())
+    except KeyboardInterrupt:
+        ids = " ".join(str(job.id) for job in jobs if not job.finished)
+        typer.echo(f"it goes on without us; watch it with: tpv job watch {ids}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _end(client: Client, job: Job, wait: bool, out: Output) -> None:
+    """Shows a job that was submitted: at once, or when it has ended."""
+    if not wait:
+        first = "".join(f"; it waits for job {needed}" for needed in job.needs)
+        out.line(job, f"job {job.id} is {job.state}{first}; watch it with: tpv job watch {job.id}")
+        return
+    follow(client, [*(client.jobs.get(needed) for needed in job.needs), job])
+    out.record(job, _members(job))
+
+
+def _free(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, none of which is a member of the job itself."""
+    taken = sorted(JobCreate.model_fields.keys() & options.keys())
+    if taken:
+        raise typer.BadParameter(f"use --{taken[0].replace('_', '-')} for {taken[0]}", param_hint="--option")
+    return options
+
+
+def _state(job: Job) -> str:
+    return job.state + (f" ({job.reason})" if job.reason else "")
+
+
+def _step(job: Job) -> str:
+    progress = job.progress
+    return f"{progress.step}/{progress.steps or '?'}" if progress.step is not None else ""
+
+
+def _members(job: Job) -> dict[str, Any]:
+    spec = job.spec
+    return {
+        "job": job.id,
+        "method": job.method,
+        "state": _state(job),
+        "message": job.message,
+        "result": plain(job.result) + (" (was there already)" if job.result and job.result_created is False else ""),
+        "metrics": job.metrics,
+        "step": _step(job),
+        "loss": job.progress.loss,
+        "group": [plain(member) for member in job.progress.group or ()],
+        "data set": plain(spec.dataset.reference) if spec.dataset else None,
+        "initialization": plain(spec.initialization.reference) if spec.initialization else None,
+        "target": plain(spec.target.reference) if spec.target else spec.target_name,
+        "sources": [plain(source.reference) for source in spec.sources],
+        "shots": f"{spec.shots} (seed {spec.shot_seed})" if spec.shots else None,
+        "seed": spec.seed,
+        "options": spec.options,
+        "needs": job.needs,
+        "attempts": [f"{a.number} {a.state} on {a.worker}: {a.message or '-'}" for a in job.attempts],
+        "by": job.actor,
+        "submitted": job.created_at,
+        "started": job.started_at,
+        "ended": job.finished_at,
+    }

@@ -1,0 +1,1 @@
+"""The wire: every message between client, service and worker, one module a noun."""

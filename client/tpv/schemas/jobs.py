@@ -1,0 +1,214 @@
+"""Jobs on the wire: what users ask for and follow, and what workers report."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from pydantic import Field
+
+from tpv.schemas.base import Answer, Name, Request, Tags
+from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
+from tpv.schemas.vectors import EvaluationCreate
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+FINISHED: frozenset[State] = frozenset({"succeeded", "failed", "cancelled"})
+
+Reason = Literal[
+    "waiting", "worker-lost", "out-of-memory", "nan-loss", "data", "model", "options", "verification", "timeout",
+    "dependency", "conflict", "cancelled", "crashed",
+]  # fmt: skip
+
+
+class JobCreate(Request):
+    """A piece of work for the workers. `method` names an entry of `tpv.methods.METHODS`, `options` are its options.
+
+    - `initialize`: `base_model`; `output` is the initialization's name (optional).
+    - `prompt-tuning`: `initialization`, `dataset`, `output`.
+    - transfers (`dtvg`): `target`, `sources`, `dataset`, `output`; when the target vector has no version yet, its own
+      prompt tuning (with `target_options`) is submitted first and the transfer waits for it.
+    """
+
+    method: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    output: str | None = Field(None, description="[namespace/]name that the result is registered under.")
+    base_model: BaseModelReference | None = None
+    initialization: str | None = None
+    dataset: str | None = None
+    target: str | None = None
+    target_options: dict[str, Any] | None = None
+    sources: list[str] | None = Field(None, min_length=1, max_length=1000)
+    shots: int | None = Field(None, ge=1, description="Training rows overall, class proportions kept; none: all.")
+    shot_seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
+    queue: Name = "default"
+    priority: int = Field(0, ge=-1000, le=1000)
+    task_type: str | None = Field(None, max_length=128)
+    description: str | None = Field(None, max_length=10_000)
+    tags: Tags = Field(default_factory=dict)
+
+
+class ResolvedVector(Answer):
+    """A vector in a job's specification: pinned when the job was accepted."""
+
+    reference: str
+    version_id: UUID
+    fingerprint: str
+
+
+class ResolvedDataset(Answer):
+    reference: str
+    dataset_id: UUID
+    fingerprint: str
+
+
+class ResolvedInitialization(Answer):
+    reference: str
+    initialization_id: UUID
+    fingerprint: str
+
+
+class JobSpec(Answer):
+    """The resolved specification: versions and fingerprints, never aliases. Enough to repeat the job."""
+
+    method: str
+    options: dict[str, Any]  #: complete, defaults filled in
+    output: str | None
+    base_model: BaseModelReference
+    base_model_facts: BaseModelFacts | None = None  #: what the registry knows of it; a worker checks it
+    initialization: ResolvedInitialization | None = None
+    dataset: ResolvedDataset | None = None
+    target: ResolvedVector | None = None  #: of a transfer; None until the target's own job has ended
+    target_name: str | None = None
+    sources: list[ResolvedVector] = Field(default_factory=list)
+    shots: int | None = None
+    shot_seed: int = 0
+    seed: int = 0
+    task_type: str | None = None
+    description: str | None = None
+    tags: dict[str, str] = Field(default_factory=dict)
+
+
+class Progress(Answer):
+    """Where a running job is; from its newest events."""
+
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    metric: str | None = None
+    value: float | None = None
+    group: list[str] | None = None
+
+
+class Attempt(Answer):
+    number: int
+    worker: str
+    state: Literal["running", "succeeded", "failed", "superseded"]
+    reason: str | None
+    message: str | None
+    started_at: datetime
+    finished_at: datetime | None
+
+
+class Job(Answer):
+    id: UUID
+    method: str
+    state: State
+    reason: str | None  #: machine-readable; a member of `Reason`
+    message: str | None  #: a sentence
+    spec: JobSpec
+    output: str | None
+    needs: list[UUID]  #: jobs that must succeed first
+    queue: str
+    priority: int
+    progress: Progress
+    attempts: list[Attempt]
+    result: str | None  #: reference of what it produced or matched: `ns/name:3`, or an initialization's id
+    result_created: bool | None  #: False: the same content was registered already
+    metrics: dict[
+        str, float
+    ]  #: of the finished job, e.g. {"validation/accuracy": 0.9, "target_steps": 80, "cpu_seconds": 12}
+    actor: str
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @property
+    def finished(self) -> bool:
+        return self.state in FINISHED
+
+
+class EventReport(Request):
+    """One event of an attempt; `type` and the members it carries:
+
+    - `progress`: step, steps, loss; `evaluation`: step, metric, value, split; `group`: step, members (references);
+    - `log`: message; `phase`: message (loading the model, tuning, verifying).
+    """
+
+    type: Literal["progress", "evaluation", "group", "log", "phase"]
+    at: datetime
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class Event(Answer):
+    """An event as it is followed; `id` grows, `state` events come from the service itself."""
+
+    id: int
+    attempt: int | None
+    type: str
+    at: datetime
+    data: dict[str, Any]
+
+
+class EventPage(Answer):
+    """Events after the one asked for; `next_after` continues, and `finished` says that no more will come."""
+
+    items: list[Event]
+    next_after: int
+    finished: bool
+
+
+class AttemptStart(Request):
+    """A worker takes a job from the queue."""
+
+    worker: str = Field(max_length=256)
+
+
+class AttemptStarted(Answer):
+    """What the worker is to do. Reports carry `number`; those of a superseded attempt are refused (409)."""
+
+    job: UUID
+    number: int
+    spec: JobSpec
+
+
+class EventsReport(Request):
+    events: list[EventReport] = Field(max_length=1000)
+
+
+class FailureReport(Request):
+    reason: Reason
+    message: str = Field(max_length=10_000)
+
+
+class Staged(Answer):
+    """A file that an attempt has stored and not yet committed."""
+
+    digest: str
+    size: int
+
+
+class EvaluationReport(EvaluationCreate):
+    predictions: str | None = Field(None, description="Digest of a staged JSONL file.")
+
+
+class ResultReport(Request):
+    """The one committing call of an attempt: version (or initialization), evaluations, lineage and `succeeded`."""
+
+    prompt: str = Field(description="Digest of the staged safetensors file with the tensor `prompt` (r, d).")
+    state: str | None = Field(None, description="Digest of a staged file with the method's own tensors.")
+    evaluations: list[EvaluationReport] = Field(default_factory=list)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    base_model_facts: BaseModelFacts = Field(default_factory=BaseModelFacts)

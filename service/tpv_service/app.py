@@ -1,0 +1,70 @@
+"""The ASGI application: what the process owns, and which routes it answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypedDict
+
+from fastapi import APIRouter, FastAPI
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from tpv_service import health, logs, problems
+from tpv_service.auth.tokens import ensure_initial_token
+from tpv_service.datasets import endpoints as datasets
+from tpv_service.db import create_engine, create_sessionmaker
+from tpv_service.jobs import endpoints as jobs
+from tpv_service.jobs.stalled import watch_stalled_jobs
+from tpv_service.queue import Queue
+from tpv_service.registry import aliases, evaluations, initializations, vectors, versions
+from tpv_service.search import endpoints as search
+from tpv_service.settings import Settings
+from tpv_service.storage import BlobStore, create_store
+
+
+class State(TypedDict):
+    """What the process owns; endpoints find it in `request.state`."""
+
+    settings: Settings
+    sessions: async_sessionmaker[AsyncSession]
+    store: BlobStore
+    queue: Queue
+
+
+def create_app(settings: Settings) -> FastAPI:
+    logs.configure()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[State]:
+        engine = create_engine(settings)
+        sessions = create_sessionmaker(engine)
+        if settings.initial_token:
+            async with sessions.begin() as session:
+                await ensure_initial_token(session, settings.initial_token.get_secret_value())
+        queue = Queue(settings)
+        async with watch_stalled_jobs(settings, sessions, queue):
+            yield State(settings=settings, sessions=sessions, store=create_store(settings), queue=queue)
+        await engine.dispose()
+
+    middleware = [Middleware(problems.BodyLimit, limit=settings.upload_limit)]
+    if not settings.authentication:
+        # Without tokens only the loopback names are answered: a page of another site cannot reach the service by a
+        # name of its own that resolves to this machine.
+        middleware.insert(
+            0, Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", "test"])
+        )
+    app = FastAPI(
+        title="TPV registry",
+        description="Task prompt vectors: stored, found, grouped, combined and produced.",
+        lifespan=lifespan,
+        middleware=middleware,
+    )
+    problems.install(app)
+    app.include_router(health.router)
+    api = APIRouter(prefix="/api/v1")
+    for module in (initializations, vectors, versions, aliases, evaluations, datasets, jobs, search):
+        api.include_router(module.router)
+    app.include_router(api)
+    return app

@@ -1,0 +1,53 @@
+"""Stored files as HTTP answers: ETag, If-None-Match, one byte range, or a redirect to the store itself."""
+
+from __future__ import annotations
+
+import re
+
+from fastapi import Request
+from fastapi.responses import RedirectResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from tpv_service.storage import BlobStore
+
+
+async def content_response(request: Request, digest: str, *, media_type: str, filename: str) -> Response:
+    """The blob of this digest; it is checked before the first byte leaves, so a damaged one is never served."""
+    store: BlobStore = request.state.store
+    headers = {
+        "ETag": f'"{digest}"',
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "Content-Disposition": f'attachment; filename="{filename}"',
+    }
+    if _matches(request.headers.get("if-none-match", ""), digest):
+        return Response(status_code=304, headers=headers)
+    if url := await run_in_threadpool(store.presigned_url, digest):
+        return RedirectResponse(url, 307, {"Cache-Control": "no-store"})
+    content = await run_in_threadpool(store.get, digest)
+    span = _span(request.headers.get("range"), len(content))
+    if span is None or request.headers.get("if-range", f'"{digest}"') != f'"{digest}"':
+        return Response(content, 200, headers, media_type)
+    start, end = span
+    if start >= end:
+        return Response(status_code=416, headers={"Content-Range": f"bytes */{len(content)}"})
+    headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+    return Response(content[start:end], 206, headers, media_type)
+
+
+def _matches(header: str, digest: str) -> bool:
+    tags = [tag.strip().removeprefix("W/").strip('"') for tag in header.split(",")]
+    return digest in tags or "*" in tags
+
+
+def _span(header: str | None, size: int) -> tuple[int, int] | None:
+    """First byte and end of a single range; None when there is none that RFC 9110 asks to honour."""
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
+    if not match or match[0] == "bytes=-":
+        return None
+    first, last = match.groups()
+    if not first:  # the last so many bytes
+        return max(0, size - int(last)), size
+    if last and int(last) < int(first):
+        return None
+    return int(first), min(size, int(last) + 1) if last else size

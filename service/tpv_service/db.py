@@ -1,0 +1,74 @@
+"""The database: one engine, one transaction a request, committed at the edge before the answer is sent."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import Depends, Request
+from sqlalchemy import DateTime, MetaData, Text, Uuid, func
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from uuid_utils.compat import uuid7
+
+from tpv_service.settings import Settings
+
+QUEUE_SCHEMA = "procrastinate"  #: the queue's tables and functions live apart from the registry's
+
+
+class Table(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 # SQLAlchemy's own declaration
+        datetime: DateTime(timezone=True),
+        UUID: Uuid(),
+        str: Text(),
+        list[str]: ARRAY(Text()),
+        dict[str, Any]: JSONB(),
+        dict[str, str]: JSONB(),
+        dict[str, float]: JSONB(),
+    }
+
+
+Id = Annotated[UUID, mapped_column(primary_key=True, default=uuid7)]
+CreatedAt = Annotated[datetime, mapped_column(server_default=func.now())]
+
+
+class Deletable:
+    deleted_at: Mapped[datetime | None]
+
+
+def create_engine(settings: Settings) -> AsyncEngine:
+    return create_async_engine(
+        settings.database_url.get_secret_value(),
+        pool_size=settings.database_connections,
+        max_overflow=0,
+        pool_timeout=10,  # seconds; then the caller gets a 503
+        pool_pre_ping=True,
+        connect_args={"options": f"-c search_path=public,{QUEUE_SCHEMA}", "connect_timeout": 5},
+    )
+
+
+def create_sessionmaker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    return async_sessionmaker(engine, expire_on_commit=False)
+
+
+async def _session(request: Request) -> AsyncIterator[AsyncSession]:
+    """One transaction: commits when the endpoint returned, rolls back when it raised."""
+    sessions: async_sessionmaker[AsyncSession] = request.state.sessions
+    async with sessions.begin() as session:
+        yield session
+
+
+# scope="function": the commit comes before the answer, so a commit that fails is a 500 and never a 201.
+Session = Annotated[AsyncSession, Depends(_session, scope="function")]

@@ -1,0 +1,66 @@
+"""A creating request that is sent twice with one `Idempotency-Key` has one effect and one answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Request
+from fastapi.encoders import jsonable_encoder
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from sqlalchemy import select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+from tpv.errors import IdempotencyConflict
+
+from tpv_service.registry.tables import IdempotencyRow
+
+KeyHeader = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
+
+
+class Idempotency:
+    """Of one request. `begin` gives the kept answer of an earlier one, `finish` keeps this one's.
+
+    Both work in the request's transaction: a request that fails leaves no key behind, and a second one that arrives
+    meanwhile waits for the first.
+    """
+
+    def __init__(self, request: Request, key: KeyHeader = None) -> None:
+        self.path, self.key = request.url.path, key
+
+    async def begin(self, session: AsyncSession, actor: str, *asked: Any) -> JSONResponse | None:
+        """The answer that the same key got before; raises IdempotencyConflict when that asked for something else."""
+        if self.key is None:
+            return None
+        self.actor = actor
+        digest = hashlib.sha256(json.dumps([self.path, jsonable_encoder(asked)], sort_keys=True).encode()).hexdigest()
+        claimed = await session.scalar(
+            insert(IdempotencyRow)
+            .values(actor=actor, key=self.key, request=digest)
+            .on_conflict_do_nothing()
+            .returning(IdempotencyRow.key)
+        )
+        if claimed is not None:
+            return None
+        kept = (await session.execute(select(IdempotencyRow).where(*self._mine()))).scalar_one()
+        if kept.request != digest:
+            raise IdempotencyConflict(
+                f"the key {self.key!r} was sent with another request; use a new key for a new one"
+            )
+        return JSONResponse(kept.answer, kept.status or 200)
+
+    async def finish(self, session: AsyncSession, answer: BaseModel, status: int) -> JSONResponse:
+        """Keeps the answer under the key, and gives it as the response."""
+        body: Mapping[str, Any] = answer.model_dump(mode="json")
+        if self.key is not None:
+            await session.execute(update(IdempotencyRow).where(*self._mine()).values(answer=body, status=status))
+        return JSONResponse(body, status)
+
+    def _mine(self) -> tuple[Any, ...]:
+        return IdempotencyRow.actor == self.actor, IdempotencyRow.key == self.key
+
+
+IdempotentRequest = Annotated[Idempotency, Depends()]

@@ -1,0 +1,1 @@
+"""Jobs: what users ask of the workers, and what workers report."""

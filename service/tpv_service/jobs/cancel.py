@@ -1,0 +1,28 @@
+"""How a job is called off."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from tpv.errors import JobFinished
+
+from tpv_service.jobs import queries
+from tpv_service.jobs.lifecycle import end_attempt, finish, has_ended
+from tpv_service.jobs.tables import JobRow
+from tpv_service.queue import Queue
+
+
+async def cancel_job(session: AsyncSession, queue: Queue, job_id: UUID, actor: str) -> JobRow:
+    """Ends the job at once; its worker is told to stop, and what it still reports is refused."""
+    job = await queries.lock_job(session, job_id)
+    if job.state != "cancelled":
+        if has_ended(job):
+            raise JobFinished(f"job {job_id} is {job.state} already; only a queued or running job can be cancelled")
+        if job.queue_id is not None:
+            await queue.cancel(session, job.queue_id)
+        message = f"cancelled by {actor}"
+        await end_attempt(session, job, "superseded", "cancelled", message)
+        await finish(session, queue, job, "cancelled", "cancelled", message)
+        await session.flush()
+    return await queries.job_by_id(session, job_id)

@@ -1,0 +1,158 @@
+"""Jobs: submitted, followed and cancelled by users; worked on and reported by workers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import Response
+from tpv.errors import NotFound
+from tpv.references import Reference
+from tpv.schemas.base import Page
+from tpv.schemas.jobs import (
+    AttemptStart,
+    AttemptStarted,
+    EventPage,
+    EventsReport,
+    FailureReport,
+    Job,
+    JobCreate,
+    ResultReport,
+    Staged,
+    State,
+)
+
+from tpv_service.auth.tokens import Actor, Allowed
+from tpv_service.content import content_response
+from tpv_service.db import Session
+from tpv_service.idempotency import IdempotentRequest
+from tpv_service.jobs import queries, report
+from tpv_service.jobs.cancel import cancel_job
+from tpv_service.jobs.submit import submit_job
+from tpv_service.jobs.tables import JobRow
+from tpv_service.jobs.view import job_view
+from tpv_service.pagination import PagingQuery, page
+
+router = APIRouter(tags=["jobs"], prefix="/jobs")
+Reader = Annotated[Actor, Depends(Allowed("read", "write", "worker"))]
+Writer = Annotated[Actor, Depends(Allowed("write"))]
+Worker = Annotated[Actor, Depends(Allowed("worker"))]
+
+LOOK_EVERY = 0.25  #: seconds between two looks for new events, for those who wait for them
+
+
+@router.post("", status_code=201, response_model=Job)
+async def post_job(
+    request: Request, session: Session, actor: Writer, idempotency: IdempotentRequest, job: JobCreate
+) -> Response:
+    """Submits a job; names are resolved to versions and fingerprints now."""
+    if kept := await idempotency.begin(session, actor.name, job):
+        return kept
+    row = await submit_job(session, request.state.queue, job, actor.name)
+    return await idempotency.finish(session, job_view(row), 201)
+
+
+@router.get("")
+async def list_jobs(
+    session: Session,
+    _: Reader,
+    paging: PagingQuery,
+    state: State | None = None,
+    method: str | None = None,
+    output: str | None = None,
+) -> Page[Job]:
+    """Jobs, newest first."""
+    statement = queries.full_job()
+    if state:
+        statement = statement.where(JobRow.state == state)
+    if method:
+        statement = statement.where(JobRow.method == method)
+    if output:
+        name = Reference.parse(output)
+        statement = statement.where(JobRow.output_namespace == name.namespace, JobRow.output_name == name.name)
+    return await page(session, statement, [JobRow.id], lambda row: [row.id], job_view, paging, descending=True)
+
+
+@router.get("/{job}")
+async def get_job(session: Session, _: Reader, job: UUID) -> Job:
+    """One job with its attempts."""
+    return job_view(await queries.job_by_id(session, job))
+
+
+@router.get("/{job}/events")
+async def list_events(
+    request: Request,
+    _: Reader,
+    job: UUID,
+    after: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    wait: Annotated[float, Query(ge=0, le=25, description="Seconds to wait for the first event.")] = 0,
+) -> EventPage:
+    """The job's events after one of them, oldest first; waits for some to come, holding no connection meanwhile."""
+    deadline = time.monotonic() + wait
+    while True:
+        async with request.state.sessions() as session:
+            events = await queries.event_page(session, job, after, limit)
+        if events.items or events.finished or time.monotonic() >= deadline:
+            return events
+        await asyncio.sleep(LOOK_EVERY)
+
+
+@router.post("/{job}/cancel")
+async def cancel(request: Request, session: Session, actor: Writer, job: UUID) -> Job:
+    """Calls a queued or running job off; jobs that need it fail."""
+    return job_view(await cancel_job(session, request.state.queue, job, actor.name))
+
+
+# --- Reports of workers ----------------------------------------------------------------------------------------------
+
+
+@router.post("/{job}/attempts", status_code=201)
+async def start_attempt(session: Session, _: Worker, job: UUID, attempt: AttemptStart) -> AttemptStarted:
+    """A worker begins an attempt; reports of earlier ones are refused from now on."""
+    return await report.start_attempt(session, job, attempt)
+
+
+@router.post("/{job}/attempts/{number}/events", status_code=204)
+async def report_events(session: Session, _: Worker, job: UUID, number: int, events: EventsReport) -> None:
+    """What the attempt has come to."""
+    await report.report_events(session, job, number, events.events)
+
+
+@router.post(
+    "/{job}/attempts/{number}/staged",
+    status_code=201,
+    openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
+)
+async def stage_file(request: Request, session: Session, _: Worker, job: UUID, number: int) -> Staged:
+    """Stores a file, the request's body, that the result will name by its digest."""
+    return await report.stage_file(session, request.state.store, job, number, await request.body())
+
+
+@router.get("/{job}/attempts/{number}/staged/{digest}", response_class=Response)
+async def get_staged_file(
+    request: Request, session: Session, _: Reader, job: UUID, number: int, digest: str
+) -> Response:
+    """A file that the attempt has stored."""
+    if digest not in await queries.staged_files(session, job, number):
+        raise NotFound(f"attempt {number} of job {job} has not staged {digest}")
+    return await content_response(request, digest, media_type="application/octet-stream", filename=digest[7:])
+
+
+@router.post("/{job}/attempts/{number}/result")
+async def report_result(
+    request: Request, session: Session, _: Worker, job: UUID, number: int, result: ResultReport
+) -> Job:
+    """Commits the result: version or initialization, evaluations, lineage and `succeeded` appear together."""
+    return job_view(await report.report_result(session, request.state.store, request.state.queue, job, number, result))
+
+
+@router.post("/{job}/attempts/{number}/failure")
+async def report_failure(
+    request: Request, session: Session, _: Worker, job: UUID, number: int, failure: FailureReport
+) -> Job:
+    """Ends attempt and job without a result."""
+    return job_view(await report.report_failure(session, request.state.queue, job, number, failure))

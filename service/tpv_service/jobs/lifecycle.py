@@ -1,0 +1,97 @@
+"""How a job's state changes: the same few steps for whoever changes it, always under the job's row lock.
+
+    queued ── attempt starts ──> running ── result ──> succeeded
+      ^  │                        │  │└──── failure ─> failed
+      │  │                        │  └───── cancel ──> cancelled
+      └──┼── worker lost ─────────┘
+         ├── cancel ──────────────────────> cancelled
+         └── a job it needs failed ───────> failed (reason `dependency`)
+
+Locks are taken from a job to those that wait for it, never the other way round, so no two changes block each other.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from tpv.schemas.jobs import FINISHED, JobSpec, Reason, ResolvedVector, State
+
+from tpv_service.jobs import queries
+from tpv_service.jobs.tables import EventRow, JobRow
+from tpv_service.queue import Queue
+from tpv_service.registry.queries import resolve_version
+from tpv_service.registry.tables import VersionRow
+from tpv_service.registry.views import version_reference
+
+
+async def enqueue(
+    session: AsyncSession, queue: Queue, job: JobRow, reason: Reason | None = None, message: str | None = None
+) -> None:
+    """Hands the job to the workers, when the session commits."""
+    job.queue_id = await queue.defer(session, job.id, queue=job.queue, priority=job.priority)
+    show(session, job, "queued", reason, message)
+
+
+async def finish(
+    session: AsyncSession,
+    queue: Queue,
+    job: JobRow,
+    state: State,
+    reason: Reason | None = None,
+    message: str | None = None,
+) -> None:
+    """Ends the job, and with it those that wait for it: with its success they may start, else they fail."""
+    show(session, job, state, reason, message)
+    job.finished_at = datetime.now(UTC)
+    await session.flush()
+    for dependent in await queries.lock_dependents(session, job.id):
+        if state == "succeeded":
+            await _release(session, queue, dependent, job)
+        else:
+            why = f"job {job.id}, which this one needs, {state if state == 'failed' else 'was ' + state}: {message}"
+            await finish(session, queue, dependent, "failed", "dependency", why)
+
+
+async def end_attempt(
+    session: AsyncSession,
+    job: JobRow,
+    state: Literal["succeeded", "failed", "superseded"],
+    reason: Reason | None = None,
+    message: str | None = None,
+) -> None:
+    """Closes the attempt that is running now, if one is."""
+    attempt = await queries.current_attempt(session, job)
+    if attempt is not None and attempt.state == "running":
+        attempt.state, attempt.reason, attempt.message = state, reason, message
+        attempt.finished_at = datetime.now(UTC)
+
+
+def show(
+    session: AsyncSession, job: JobRow, state: State, reason: Reason | None = None, message: str | None = None
+) -> None:
+    """Sets what a user sees, and tells those who follow the job."""
+    job.state, job.reason, job.message = state, reason, message
+    data: dict[str, Any] = {"state": state, "reason": reason, "message": message}
+    session.add(
+        EventRow(job_id=job.id, attempt=job.attempt or None, type=queries.STATE_EVENT, at=datetime.now(UTC), data=data)
+    )
+
+
+async def _release(session: AsyncSession, queue: Queue, job: JobRow, ended: JobRow) -> None:
+    """Gives a waiting job what the ended one made; the last one it needs puts it in the queue."""
+    spec = JobSpec.model_validate(job.spec)
+    if spec.target is None and spec.target_name == ended.spec["output"]:
+        spec.target = resolved_vector(await resolve_version(session, str(ended.result_version_id)))
+        job.spec = spec.model_dump(mode="json")
+    if job.queue_id is None and not await queries.waits(session, job.id):
+        await enqueue(session, queue, job)
+
+
+def resolved_vector(row: VersionRow) -> ResolvedVector:
+    return ResolvedVector(reference=version_reference(row), version_id=row.id, fingerprint=row.fingerprint)
+
+
+def has_ended(job: JobRow) -> bool:
+    return job.state in FINISHED

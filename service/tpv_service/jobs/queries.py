@@ -1,0 +1,112 @@
+"""Questions to the jobs' tables. Nothing here commits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+from uuid import UUID
+
+from sqlalchemy import Select, exists, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import joinedload, selectinload
+from tpv.errors import NotFound
+from tpv.schemas.jobs import FINISHED, Event, EventPage
+
+from tpv_service.jobs.tables import AttemptRow, EventRow, JobRow, NeedRow, StagedRow
+from tpv_service.registry.tables import VersionRow
+
+T = TypeVar("T")
+
+LIVE = ("queued", "running")
+STATE_EVENT = "state"  #: the type of the events that the service itself writes
+
+
+def full_job() -> Select[JobRow]:
+    """Jobs with all that an answer shows."""
+    return (
+        select(JobRow)
+        .options(
+            selectinload(JobRow.attempts),
+            selectinload(JobRow.needs),
+            joinedload(JobRow.result_version).joinedload(VersionRow.vector),
+        )
+        .execution_options(populate_existing=True)
+    )
+
+
+async def job_by_id(session: AsyncSession, job: UUID) -> JobRow:
+    return _found(await session.scalar(full_job().where(JobRow.id == job)), job)
+
+
+async def lock_job(session: AsyncSession, job: UUID) -> JobRow:
+    """The job as it is now; nobody else changes it, or reports on it, before this transaction ends."""
+    statement = select(JobRow).where(JobRow.id == job).with_for_update().execution_options(populate_existing=True)
+    return _found(await session.scalar(statement), job)
+
+
+async def lock_dependents(session: AsyncSession, job: UUID) -> Sequence[JobRow]:
+    """The jobs that wait for this one, locked in one order by everybody."""
+    statement = (
+        select(JobRow)
+        .join(NeedRow, NeedRow.job_id == JobRow.id)
+        .where(NeedRow.needs_id == job, JobRow.state == "queued")
+        .order_by(JobRow.id)
+        .with_for_update(of=JobRow)
+        .execution_options(populate_existing=True)
+    )
+    return (await session.scalars(statement)).all()
+
+
+async def waits(session: AsyncSession, job: UUID) -> bool:
+    """Whether a job that this one needs has not succeeded yet."""
+    unmet = (
+        select(NeedRow.job_id)
+        .join(JobRow, JobRow.id == NeedRow.needs_id)
+        .where(NeedRow.job_id == job, JobRow.state != "succeeded")
+    )
+    return bool(await session.scalar(select(exists(unmet))))
+
+
+async def live_job_like(session: AsyncSession, spec: dict[str, Any]) -> JobRow | None:
+    """A job that has not ended and will give exactly what this specification gives."""
+    statement = full_job().where(JobRow.state.in_(LIVE), JobRow.spec == spec).order_by(JobRow.id).limit(1)
+    return (await session.scalars(statement)).first()
+
+
+async def current_attempt(session: AsyncSession, job: JobRow) -> AttemptRow | None:
+    return await session.get(AttemptRow, (job.id, job.attempt)) if job.attempt else None
+
+
+async def newest_report(session: AsyncSession, job: UUID, attempt: int) -> datetime | None:
+    """When the newest event that this attempt reported happened, by the worker's clock."""
+    return await session.scalar(
+        select(EventRow.at)
+        .where(EventRow.job_id == job, EventRow.attempt == attempt, EventRow.type != STATE_EVENT)
+        .order_by(EventRow.id.desc())
+        .limit(1)
+    )
+
+
+async def staged_files(session: AsyncSession, job: UUID, attempt: int) -> dict[str, StagedRow]:
+    """The files that the attempt has stored, by digest."""
+    rows = await session.scalars(select(StagedRow).where(StagedRow.job_id == job, StagedRow.attempt == attempt))
+    return {row.digest: row for row in rows}
+
+
+async def event_page(session: AsyncSession, job: UUID, after: int, limit: int) -> EventPage:
+    # The state first: what has ended by then has all its events already, so `finished` is never said too early.
+    state = _found(await session.scalar(select(JobRow.state).where(JobRow.id == job)), job)
+    statement = select(EventRow).where(EventRow.job_id == job, EventRow.id > after).order_by(EventRow.id).limit(limit)
+    items = [Event.model_validate(row) for row in await session.scalars(statement)]
+    return EventPage(
+        items=items,
+        next_after=items[-1].id if items else after,
+        finished=state in FINISHED and len(items) < limit,
+    )
+
+
+def _found(row: T | None, job: UUID) -> T:
+    if row is None:
+        raise NotFound(f"there is no job {job}; see: tpv job list", reference=str(job))
+    return row

@@ -1,0 +1,240 @@
+"""What workers report: an attempt begins, tells how it goes, stores files, and ends with a result or a failure.
+
+Every report carries the attempt's number. Only the current attempt of a running job is listened to, so a worker that
+was given up and comes back changes nothing. An answer may be lost on its way and the report come again: a second start
+is a new attempt, a second result or failure of the attempt that ended the job gives the same answer again.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.concurrency import run_in_threadpool
+from tpv import files
+from tpv.errors import Conflict, Invalid, InvalidTensor, JobFinished, StaleAttempt
+from tpv.methods import METHODS
+from tpv.references import DEFAULT_NAMESPACE
+from tpv.schemas.jobs import (
+    AttemptStart,
+    AttemptStarted,
+    EventReport,
+    FailureReport,
+    JobSpec,
+    Progress,
+    ResultReport,
+    Staged,
+)
+from tpv.schemas.vectors import EvaluationCreate, Parent, VersionCreate
+from tpv.vectors import Float32, as_prompt
+
+from tpv_service.jobs import queries
+from tpv_service.jobs.lifecycle import end_attempt, finish, has_ended, show
+from tpv_service.jobs.submit import task_of
+from tpv_service.jobs.tables import AttemptRow, EventRow, JobRow, StagedRow
+from tpv_service.queue import Queue
+from tpv_service.registry import publish
+from tpv_service.registry.queries import resolve_initialization
+from tpv_service.storage import BlobStore
+
+
+async def start_attempt(session: AsyncSession, job_id: UUID, report: AttemptStart) -> AttemptStarted:
+    """Begins the next attempt; one that was still running is superseded by it."""
+    job = await queries.lock_job(session, job_id)
+    if has_ended(job):
+        raise JobFinished(f"job {job_id} is {job.state} already")
+    if job.queue_id is None:
+        raise Conflict(f"job {job_id} waits for others: {job.message}")
+    await end_attempt(session, job, "superseded", "worker-lost", f"attempt {job.attempt + 1} took over")
+    job.attempt += 1
+    job.started_at = job.started_at or datetime.now(UTC)
+    job.progress = {}
+    session.add(AttemptRow(job_id=job.id, number=job.attempt, worker=report.worker, state="running"))
+    show(session, job, "running")
+    return AttemptStarted(job=job.id, number=job.attempt, spec=JobSpec.model_validate(job.spec))
+
+
+async def report_events(session: AsyncSession, job_id: UUID, number: int, events: list[EventReport]) -> None:
+    """Keeps the events and shows the newest figures. An attempt's times grow: what comes a second time is known."""
+    job = await _lock_current(session, job_id, number)
+    newest = await queries.newest_report(session, job_id, number)
+    new = [event for event in events if newest is None or event.at > newest]
+    session.add_all(EventRow(job_id=job_id, attempt=number, **event.model_dump()) for event in new)
+    job.progress = _progress(job.progress, new)
+
+
+def _progress(progress: dict[str, Any], events: list[EventReport]) -> dict[str, Any]:
+    """Where the job is after these events."""
+    newer = dict(progress)
+    for event in events:
+        if event.type == "group":
+            newer["group"] = event.data.get("members")
+        elif event.type in ("progress", "evaluation"):
+            newer |= {name: event.data[name] for name in Progress.model_fields if name in event.data}
+    return Progress.model_validate(newer).model_dump(exclude_none=True)
+
+
+async def stage_file(session: AsyncSession, store: BlobStore, job_id: UUID, number: int, content: bytes) -> Staged:
+    """Stores a file of the attempt; first the blob is durable, then the row that points to it."""
+    digest = await run_in_threadpool(store.put, content)
+    await _lock_current(session, job_id, number)
+    row = {"job_id": job_id, "attempt": number, "digest": digest, "size": len(content)}
+    await session.execute(insert(StagedRow).values(row).on_conflict_do_nothing())
+    return Staged(digest=digest, size=len(content))
+
+
+async def report_failure(
+    session: AsyncSession, queue: Queue, job_id: UUID, number: int, report: FailureReport
+) -> JobRow:
+    """Ends attempt and job without a result."""
+    job = await queries.lock_job(session, job_id)
+    if not _ended_by(job, number, "failed"):
+        _check_current(job, number)
+        await end_attempt(session, job, "failed", report.reason, report.message)
+        await finish(session, queue, job, "failed", report.reason, report.message)
+    await session.flush()
+    return await queries.job_by_id(session, job_id)
+
+
+async def report_result(
+    session: AsyncSession, store: BlobStore, queue: Queue, job_id: UUID, number: int, report: ResultReport
+) -> JobRow:
+    """The one committing call of a job: result, evaluations, lineage and `succeeded` appear together.
+
+    First the blobs are durable, then everything that points to them is written under the job's row lock.
+    """
+    job = await queries.job_by_id(session, job_id)
+    if not _ended_by(job, number, "succeeded"):
+        _check_current(job, number)
+        await _check_staged(session, job, report)
+        spec = JobSpec.model_validate(job.spec)
+        if METHODS[spec.method].result == "initialization":
+            await _commit_initialization(session, store, job, spec, report)
+        else:
+            await _commit_vector(session, store, job, spec, report)
+        job.metrics = report.metrics
+        await end_attempt(session, job, "succeeded")
+        await finish(session, queue, job, "succeeded")
+    await session.flush()
+    return await queries.job_by_id(session, job_id)
+
+
+async def _commit_initialization(
+    session: AsyncSession, store: BlobStore, job: JobRow, spec: JobSpec, report: ResultReport
+) -> None:
+    tensor, digest, size = await run_in_threadpool(_store_initialization, store, report.prompt)
+    await _lock_current(session, job.id, job.attempt)
+    row, created = await publish.publish_initialization(
+        session,
+        namespace=job.output_namespace or DEFAULT_NAMESPACE,
+        name=job.output_name,
+        base_model=spec.base_model,
+        facts=report.base_model_facts,
+        strategy=spec.options["strategy"],
+        parameters={**spec.options, "seed": spec.seed},
+        tensor=tensor,
+        digest=digest,
+        size=size,
+        actor=job.actor,
+    )
+    job.result_initialization_id, job.result_created = row.id, created
+
+
+def _store_initialization(store: BlobStore, staged: str) -> tuple[Float32, str, int]:
+    tensor = _staged_prompt(store, staged)
+    content = files.dump({"prompt": tensor})
+    return tensor, store.put(content), len(content)
+
+
+async def _commit_vector(
+    session: AsyncSession, store: BlobStore, job: JobRow, spec: JobSpec, report: ResultReport
+) -> None:
+    assert spec.initialization is not None  # submit.py: whatever gives a vector has both
+    assert spec.dataset is not None
+    initialization = await resolve_initialization(session, str(spec.initialization.initialization_id))
+    stored = await run_in_threadpool(_store_vector, store, initialization.digest, report.prompt)
+    await _lock_current(session, job.id, job.attempt)
+    figures = [figure.model_dump(exclude={"predictions"}) for figure in report.evaluations]
+    version, created = await publish.publish_version(
+        session,
+        namespace=str(job.output_namespace),
+        name=str(job.output_name),
+        metadata=VersionCreate(
+            initialization=str(initialization.id),
+            task=[task_of(spec.dataset.reference)],
+            task_type=spec.task_type,
+            description=spec.description,
+            tags=spec.tags,
+            metrics=[EvaluationCreate.model_validate(figure) for figure in figures],
+            method=spec.method,
+            hyperparameters={**spec.options, "shots": spec.shots, "shot_seed": spec.shot_seed, "seed": spec.seed},
+            dataset_fingerprint=spec.dataset.fingerprint,
+            provenance={
+                **report.provenance,
+                "job": str(job.id),
+                "attempt": job.attempt,
+                "seed": spec.seed,
+                "dataset": spec.dataset.reference,
+                "metrics": report.metrics,
+            },
+            parents=_parents(spec),
+        ),
+        initialization=initialization,
+        stored=stored,
+        state=report.state,
+        actor=job.actor,
+        job=job.id,
+        predictions=[figure.predictions for figure in report.evaluations],
+    )
+    job.result_version_id, job.result_created = version.id, created
+
+
+def _parents(spec: JobSpec) -> list[Parent]:
+    parents = [Parent(reference=v.reference, fingerprint=v.fingerprint, role="source") for v in spec.sources]
+    if spec.target is not None:
+        target = Parent(reference=spec.target.reference, fingerprint=spec.target.fingerprint, role="target")
+        parents.insert(0, target)
+    return parents
+
+
+def _store_vector(store: BlobStore, initialization: str, staged: str) -> publish.StoredVector:
+    start = files.load(store.get(initialization))["prompt"]
+    return publish.store_vector(store, start=start, prompt=_staged_prompt(store, staged))
+
+
+def _staged_prompt(store: BlobStore, digest: str) -> Float32:
+    tensors = files.load(store.get(digest))
+    if set(tensors) != {"prompt"}:
+        raise InvalidTensor(f"a result's file holds one tensor `prompt`; this one has {sorted(tensors) or 'none'}")
+    return as_prompt(tensors["prompt"], "prompt")
+
+
+# --- Fencing ---------------------------------------------------------------------------------------------------------
+
+
+async def _lock_current(session: AsyncSession, job_id: UUID, number: int) -> JobRow:
+    """The locked job, if this is its current attempt and it is running; raises StaleAttempt otherwise."""
+    job = await queries.lock_job(session, job_id)
+    _check_current(job, number)
+    return job
+
+
+def _check_current(job: JobRow, number: int) -> None:
+    if job.state != "running" or job.attempt != number:
+        now = f"the job is {job.state}" if job.attempt == number else f"attempt {job.attempt} took over"
+        raise StaleAttempt(f"attempt {number} of job {job.id} is not running any more: {now}; stop it")
+
+
+def _ended_by(job: JobRow, number: int, state: str) -> bool:
+    return job.attempt == number and job.state == state
+
+
+async def _check_staged(session: AsyncSession, job: JobRow, report: ResultReport) -> None:
+    """Only what this attempt has stored can become part of its result."""
+    named = [report.prompt, report.state, *(figure.predictions for figure in report.evaluations)]
+    staged = await queries.staged_files(session, job.id, job.attempt)
+    if missing := sorted({digest for digest in named if digest} - set(staged)):
+        raise Invalid(f"this attempt has not staged {', '.join(missing)}", missing=missing)

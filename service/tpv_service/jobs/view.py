@@ -1,0 +1,37 @@
+"""A job's row as the wire shows it."""
+
+from __future__ import annotations
+
+from tpv.schemas.jobs import Attempt, Job, JobSpec, Progress
+
+from tpv_service.jobs.tables import JobRow
+from tpv_service.registry.views import version_reference
+
+
+def job_view(row: JobRow) -> Job:
+    result = None
+    if row.result_version is not None:
+        result = version_reference(row.result_version)
+    elif row.result_initialization_id is not None:
+        result = str(row.result_initialization_id)
+    return Job(
+        id=row.id,
+        method=row.method,
+        state=row.state,  # type: ignore[arg-type] # the table checks it
+        reason=row.reason,
+        message=row.message,
+        spec=JobSpec.model_validate(row.spec),
+        output=f"{row.output_namespace}/{row.output_name}" if row.output_name else None,
+        needs=[need.needs_id for need in row.needs],
+        queue=row.queue,
+        priority=row.priority,
+        progress=Progress.model_validate(row.progress),
+        attempts=[Attempt.model_validate(attempt) for attempt in row.attempts],
+        result=result,
+        result_created=row.result_created,
+        metrics=row.metrics,
+        actor=row.actor,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+    )

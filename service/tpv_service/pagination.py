@@ -1,0 +1,60 @@
+"""Keyset pages: the cursor holds the last row's key, so a page costs the same however deep it lies."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Query
+from sqlalchemy import ColumnElement, Select, literal, tuple_
+from sqlalchemy.ext.asyncio import AsyncSession
+from tpv.errors import Invalid
+from tpv.schemas.base import Page, Paging
+
+Row = TypeVar("Row")
+Item = TypeVar("Item")
+
+
+def _paging(limit: Annotated[int, Query(ge=1, le=1000)] = 100, cursor: str | None = None) -> Paging:
+    return Paging(limit=limit, cursor=cursor)
+
+
+PagingQuery = Annotated[Paging, Depends(_paging)]
+
+
+async def page(
+    session: AsyncSession,
+    statement: Select[tuple[Row]],
+    key: Sequence[ColumnElement[Any]],
+    key_of: Callable[[Row], Sequence[Any]],
+    view: Callable[[Row], Item],
+    paging: Paging,
+    *,
+    descending: bool = False,
+) -> Page[Item]:
+    """One page of the statement's rows, ordered by `key`, which is unique; `key_of` reads it off a row as text."""
+    if paging.cursor:
+        last = _decode(paging.cursor, len(key))
+        bound = tuple_(*(literal(value).cast(column.type) for value, column in zip(last, key, strict=True)))
+        statement = statement.where(tuple_(*key) < bound if descending else tuple_(*key) > bound)
+    ordered = statement.order_by(*(column.desc() if descending else column for column in key))
+    rows = (await session.scalars(ordered.limit(paging.limit + 1))).all()
+    more = len(rows) > paging.limit
+    rows = rows[: paging.limit]
+    return Page(items=[view(row) for row in rows], next_cursor=_encode(key_of(rows[-1])) if more else None)
+
+
+def _encode(key: Sequence[Any]) -> str:
+    return base64.urlsafe_b64encode(json.dumps([str(part) for part in key]).encode()).decode()
+
+
+def _decode(cursor: str, length: int) -> list[str]:
+    try:
+        key = json.loads(base64.urlsafe_b64decode(cursor.encode()))
+    except ValueError:
+        key = None
+    if not (isinstance(key, list) and len(key) == length and all(isinstance(part, str) for part in key)):
+        raise Invalid("the cursor is none that this service gave; leave it out to begin at the start")
+    return key

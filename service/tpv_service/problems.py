@@ -1,0 +1,104 @@
+"""Every error leaves the service as RFC 9457 problem+json, from here."""
+
+from __future__ import annotations
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from psycopg.errors import SerializationFailure
+from sqlalchemy.exc import DataError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from tpv.errors import Invalid, NotFound, ProblemError, TooLarge, Unauthorized, Unavailable
+from tpv.references import NAME_HELP
+
+log = structlog.get_logger()
+
+MEDIA_TYPE = "application/problem+json"
+
+
+def answer(error: ProblemError, status: int | None = None) -> JSONResponse:
+    headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
+    if isinstance(error, Unavailable):
+        headers["Retry-After"] = "1"
+    document = error.problem()
+    document["status"] = status or error.status
+    return JSONResponse(document, document["status"], headers, MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers; what none of them knows is logged and answered without its text."""
+
+    @app.exception_handler(ProblemError)
+    async def known(request: Request, error: ProblemError) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(invalid_request(error))
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, ProblemError):
+            return answer(error.__cause__)
+        if b"%2f" in request.scope.get("raw_path", b"").lower():
+            return answer(Invalid(f"a name in {request.url.path} has a slash; a name is {NAME_HELP}"))
+        if error.status_code == 404:
+            return answer(NotFound(f"there is nothing at {request.url.path}; see /docs"))
+        return answer(Invalid(str(error.detail)), error.status_code)
+
+    @app.exception_handler(DBAPIError)
+    @app.exception_handler(PoolTimeout)
+    async def database(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, DataError):  # such as a zero byte in a text, which Postgres cannot hold
+            return answer(Invalid(f"a value cannot be stored: {str(error.orig).splitlines()[0]}"))
+        if isinstance(error, OperationalError | PoolTimeout) or isinstance(
+            getattr(error, "orig", None), SerializationFailure
+        ):
+            return answer(Unavailable("the database does not answer; try again later"))
+        return unknown(request, error)
+
+    @app.exception_handler(Exception)
+    async def any_other(request: Request, error: Exception) -> JSONResponse:
+        return unknown(request, error)
+
+
+def unknown(request: Request, error: Exception) -> JSONResponse:
+    log.error("unexpected error", path=request.url.path, method=request.method, exc_info=error)
+    return answer(ProblemError("an unexpected error; the service's log has the details"))
+
+
+def invalid_request(error: RequestValidationError) -> Invalid:
+    """One sentence naming the first wrong member, and all of them as `errors`."""
+    errors = [{"where": ".".join(str(part) for part in e["loc"]), "what": e["msg"]} for e in error.errors()]
+    return Invalid("; ".join(f"{e['where']}: {e['what']}" for e in errors[:3]), errors=errors)
+
+
+class BodyLimit:
+    """Refuses a body over the limit: at once by its declared length, else as soon as the bytes received pass it."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        too_large = TooLarge(f"a request's body may have {self.limit} bytes (TPV_UPLOAD_LIMIT)", limit=self.limit)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > self.limit:
+            await answer(too_large)(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:
+                raise HTTPException(413) from too_large
+            return message
+
+        await self.app(scope, counted, send)

@@ -1,0 +1,1 @@
+"""Initializations, vectors, versions, aliases: what the registry keeps."""

@@ -1,0 +1,343 @@
+"""How a vector or an initialization comes to be: verified, stored, then visible in one transaction.
+
+The order is what makes a crash harmless: first the blob is durable, then the rows that point to it are committed
+together. A crash between the two leaves an unreferenced blob and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+from tpv import files
+from tpv.errors import Conflict, FingerprintMismatch, IncompatibleVectors, Invalid, InvalidTensor, VersionConflict
+from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
+from tpv.schemas.vectors import Parent, VersionCreate
+from tpv.vectors import Float32
+
+from tpv_service.registry import queries
+from tpv_service.registry.tables import (
+    BaseModelRow,
+    EvaluationRow,
+    InitializationRow,
+    ParentRow,
+    VectorRow,
+    VersionRow,
+)
+from tpv_service.storage import BlobStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredVector:
+    """A T whose blob is durable, with all that is derived from it once."""
+
+    digest: str
+    size: int
+    fingerprint: str
+    prompt_fingerprint: str
+    reconstruction_error: float
+    norm: float
+    pooled: Float32  #: (d,)
+
+
+def store_vector(
+    store: BlobStore, *, start: Float32, prompt: Float32 | None = None, vector: Float32 | None = None
+) -> StoredVector:
+    """Derives T from P*, or P* from T, with P_init = `start`, all (r, d), and stores T. Blocks on the store."""
+    given = prompt if prompt is not None else vector
+    if given is None or (prompt is not None and vector is not None):
+        raise InvalidTensor("give one tensor: `prompt` (P*) or `vector` (T)")
+    if given.shape != start.shape:
+        raise InvalidTensor(
+            f"the tensor is {list(given.shape)}, prompts of this initialization are {list(start.shape)} "
+            "(num_virtual_tokens, token_dim)",
+            expected=list(start.shape),
+            found=list(given.shape),
+        )
+    with np.errstate(over="ignore"):
+        difference = given - start if vector is None else given
+        tuned = given if vector is None else start + given
+    if not (np.isfinite(difference).all() and np.isfinite(tuned).all()):
+        raise InvalidTensor("with this initialization the prompt leaves the range of float32")
+    content = files.dump({"vector": difference})
+    return StoredVector(
+        digest=store.put(content),
+        size=len(content),
+        fingerprint=files.fingerprint(difference),
+        prompt_fingerprint=files.fingerprint(tuned),
+        reconstruction_error=float(np.abs(tuned - (start + difference)).max()),
+        norm=float(np.linalg.norm(difference)),
+        pooled=difference.mean(axis=0),
+    )
+
+
+async def publish_version(
+    session: AsyncSession,
+    *,
+    namespace: str,
+    name: str,
+    metadata: VersionCreate,
+    initialization: InitializationRow,
+    stored: StoredVector,
+    actor: str,
+    job: UUID | None = None,
+    predictions: Sequence[str | None] = (),
+    state: str | None = None,
+) -> tuple[VersionRow, bool]:
+    """Makes the next version, or finds the one that has this content already; gives it and whether it was made.
+
+    Raises VersionConflict when the content is there with other immutable metadata or was deleted, and Conflict when
+    the whole vector was deleted. Writers of one name take turns on the vector's row, so numbers have no gap.
+    """
+    if metadata.fingerprint:
+        check_declared(metadata.fingerprint, stored.fingerprint)
+    parents = await _resolve_parents(session, metadata.parents)
+    # The row lock of this statement is the queue of writers; a rollback gives the number back.
+    vector = (
+        await session.execute(
+            insert(VectorRow)
+            .values(
+                namespace=namespace,
+                name=name,
+                tasks=metadata.task,
+                task_type=metadata.task_type,
+                description=metadata.description,
+                tags=metadata.tags,
+                last_version=1,
+                actor=actor,
+            )
+            .on_conflict_do_update(
+                index_elements=[VectorRow.namespace, VectorRow.name], set_={"last_version": VectorRow.last_version + 1}
+            )
+            .returning(VectorRow),
+            execution_options={"populate_existing": True},
+        )
+    ).scalar_one()
+    if vector.deleted_at:
+        raise Conflict(f"vector {namespace}/{name} was deleted; bring it back: tpv vector restore {namespace}/{name}")
+    _check_same_task(vector, metadata)
+    values: dict[str, Any] = {
+        "method": metadata.method,
+        "hyperparameters": metadata.hyperparameters,
+        "dataset_fingerprint": metadata.dataset_fingerprint,
+    }
+    version = (
+        await session.execute(
+            insert(VersionRow)
+            .values(
+                vector_id=vector.id,
+                number=vector.last_version,
+                initialization_id=initialization.id,
+                fingerprint=stored.fingerprint,
+                prompt_fingerprint=stored.prompt_fingerprint,
+                reconstruction_error=stored.reconstruction_error,
+                digest=stored.digest,
+                size=stored.size,
+                norm=stored.norm,
+                pooled=stored.pooled,
+                state=state,
+                provenance=metadata.provenance,
+                job_id=job,
+                actor=actor,
+                **values,
+            )
+            .on_conflict_do_nothing(index_elements=["vector_id", "fingerprint", "initialization_id"])
+            .returning(VersionRow)
+        )
+    ).scalar_one_or_none()
+    if version is None:
+        return await _existing(session, vector, initialization, stored, values, parents), False
+    if parents:
+        rows = [{"version_id": version.id, "position": i, **parent} for i, parent in enumerate(parents)]
+        await session.execute(insert(ParentRow), rows)
+    if metadata.metrics:
+        digests = [*predictions, *([None] * (len(metadata.metrics) - len(predictions)))]
+        session.add_all(
+            EvaluationRow(version_id=version.id, job_id=job, predictions=digest, **metric.model_dump())
+            for metric, digest in zip(metadata.metrics, digests, strict=True)
+        )
+        await session.flush()
+    return version, True
+
+
+async def _existing(
+    session: AsyncSession,
+    vector: VectorRow,
+    initialization: InitializationRow,
+    stored: StoredVector,
+    values: dict[str, Any],
+    parents: Sequence[dict[str, Any]],
+) -> VersionRow:
+    """The version that has this content already; the number taken above is given back."""
+    vector.last_version -= 1
+    await session.flush()
+    version = (
+        await session.execute(
+            queries.full_version().where(
+                VersionRow.vector_id == vector.id,
+                VersionRow.fingerprint == stored.fingerprint,
+                VersionRow.initialization_id == initialization.id,
+            )
+        )
+    ).scalar_one()
+    reference = f"{vector.namespace}/{vector.name}:{version.number}"
+    if version.deleted_at:
+        raise VersionConflict(
+            f"this content is {reference}, which was deleted; bring it back: tpv vector restore {reference}",
+            reference=reference,
+        )
+    there = {key: getattr(version, key) for key in values}
+    differences = {key: [there[key], values[key]] for key in values if values[key] and values[key] != there[key]}
+    if parents and [p["parent_id"] for p in parents] != [p.parent_id for p in version.parents]:
+        differences["parents"] = [[p.reference for p in version.parents], [p["reference"] for p in parents]]
+    if differences:
+        raise VersionConflict(
+            f"this content is {reference} already, with another {', '.join(differences)}; versions never change: "
+            "register it under another name, or leave these out",
+            reference=reference,
+            differences=differences,
+        )
+    return version
+
+
+def _check_same_task(vector: VectorRow, metadata: VersionCreate) -> None:
+    """What all versions of a vector share; a version that says otherwise belongs under another name."""
+    differences = {}
+    if metadata.task and metadata.task != vector.tasks:
+        differences["task"] = [vector.tasks, metadata.task]
+    if metadata.task_type and metadata.task_type != vector.task_type:
+        differences["task_type"] = [vector.task_type, metadata.task_type]
+    if differences:
+        raise VersionConflict(
+            f"{vector.namespace}/{vector.name} has another {' and '.join(differences)}; use another name",
+            differences=differences,
+        )
+
+
+async def _resolve_parents(session: AsyncSession, parents: Sequence[Parent]) -> list[dict[str, Any]]:
+    resolved = []
+    for parent in parents:
+        row = await queries.resolve_version(session, parent.reference)
+        if parent.fingerprint:
+            check_declared(parent.fingerprint, row.fingerprint)
+        resolved.append(
+            {
+                "parent_id": row.id,
+                "reference": f"{row.vector.namespace}/{row.vector.name}:{row.number}",
+                "fingerprint": row.fingerprint,
+                "role": parent.role,
+                "weight": parent.weight,
+            }
+        )
+    return resolved
+
+
+def check_declared(declared: str, found: str) -> None:
+    """Raises FingerprintMismatch when what arrived is not what the sender declared."""
+    if declared != found:
+        raise FingerprintMismatch(
+            f"the request declares {declared}, what arrived is {found}", declared=declared, found=found
+        )
+
+
+async def publish_initialization(
+    session: AsyncSession,
+    *,
+    namespace: str,
+    name: str | None,
+    base_model: BaseModelReference,
+    facts: BaseModelFacts,
+    strategy: str,
+    parameters: dict[str, Any],
+    tensor: Float32,
+    digest: str,
+    size: int,
+    actor: str,
+) -> tuple[InitializationRow, bool]:
+    """Makes the initialization whose blob `digest` is durable, or finds it: one tensor of one base model is one row.
+
+    Raises Conflict when the name belongs to another tensor, or the tensor is known under another name.
+    """
+    model = await ensure_base_model(session, base_model, facts)
+    num_virtual_tokens, token_dim = tensor.shape
+    if model.token_dim not in (None, token_dim):
+        raise IncompatibleVectors(
+            f"the tensor is {token_dim} wide, the input embeddings of {model.name} are {model.token_dim}",
+            differences={"token_dim": [model.token_dim, token_dim]},
+        )
+    fingerprint = files.fingerprint(tensor)
+    made = (
+        await session.execute(
+            insert(InitializationRow)
+            .values(
+                namespace=namespace,
+                name=name,
+                base_model_id=model.id,
+                num_virtual_tokens=num_virtual_tokens,
+                token_dim=token_dim,
+                strategy=strategy,
+                parameters=parameters,
+                fingerprint=fingerprint,
+                digest=digest,
+                size=size,
+                actor=actor,
+            )
+            .on_conflict_do_nothing()
+            .returning(InitializationRow.id)
+        )
+    ).scalar_one_or_none()
+    row = (
+        await session.execute(
+            queries.full_initialization().where(
+                InitializationRow.base_model_id == model.id, InitializationRow.fingerprint == fingerprint
+            )
+        )
+    ).scalar_one_or_none()
+    if row is None:
+        raise Conflict(
+            f"the name {namespace}/{name} belongs to another initialization; names are permanent, choose another",
+        )
+    if name and (row.namespace, row.name) != (namespace, name):
+        known = f"{row.namespace}/{row.name}" if row.name else str(row.id)
+        raise Conflict(f"this tensor is known as {known} already; use that", reference=known)
+    return row, made is not None
+
+
+async def ensure_base_model(
+    session: AsyncSession, reference: BaseModelReference, facts: BaseModelFacts
+) -> BaseModelRow:
+    """The row of a base model: by its digest where it is known, else by name and commit.
+
+    Raises Invalid for a hub id without a commit, unless that is asked for.
+    """
+    if not (reference.revision or reference.unpinned or facts.digest):
+        raise Invalid(
+            f"base model {reference.id!r} needs a revision (a commit, which never changes); to take whatever is there "
+            "now, say unpinned: true"
+        )
+    where = (
+        [BaseModelRow.digest == facts.digest]
+        if facts.digest
+        else [
+            BaseModelRow.digest.is_(None),
+            BaseModelRow.name == reference.id,
+            BaseModelRow.revision.is_not_distinct_from(reference.revision),
+        ]
+    )
+    found = select(BaseModelRow).where(*where).order_by(BaseModelRow.id).limit(1)
+    if row := await session.scalar(found):
+        return row
+    await session.execute(
+        insert(BaseModelRow)
+        .values(name=reference.id, revision=reference.revision, unpinned=reference.unpinned, **facts.model_dump())
+        .on_conflict_do_nothing()
+    )
+    row = await session.scalar(found)
+    assert row is not None  # made by us or by somebody faster
+    return row

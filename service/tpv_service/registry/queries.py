@@ -1,0 +1,208 @@
+"""Questions to the registry's tables. Nothing here commits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Select, or_, select
+from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import contains_eager, joinedload, selectinload
+from tpv.errors import InvalidReference, NotFound
+from tpv.references import Reference, check_alias
+
+from tpv_service.jobs.tables import JobRow
+from tpv_service.registry.tables import AliasRow, BaseModelRow, InitializationRow, ParentRow, VectorRow, VersionRow
+
+_NOT_DELETED = (VersionRow.deleted_at.is_(None), VectorRow.deleted_at.is_(None))
+
+NEWEST = "newest"  #: in a path: the newest version that is not deleted
+
+
+def full_initialization() -> Select[tuple[InitializationRow]]:
+    return select(InitializationRow).options(joinedload(InitializationRow.base_model, innerjoin=True))
+
+
+def bare_version() -> Select[tuple[VersionRow]]:
+    """Versions with vector, initialization and base model: three joins, one statement."""
+    return (
+        select(VersionRow)
+        .join(VersionRow.vector)
+        .options(
+            contains_eager(VersionRow.vector),
+            joinedload(VersionRow.initialization, innerjoin=True).joinedload(
+                InitializationRow.base_model, innerjoin=True
+            ),
+        )
+        .execution_options(populate_existing=True)
+    )
+
+
+def full_version() -> Select[tuple[VersionRow]]:
+    """Versions with all that an answer shows."""
+    return bare_version().options(
+        contains_eager(VersionRow.vector).selectinload(VectorRow.aliases),
+        selectinload(VersionRow.parents),
+        selectinload(VersionRow.evaluations),
+    )
+
+
+def named(reference: Reference) -> ColumnElement[bool]:
+    return (VectorRow.namespace == reference.namespace) & (VectorRow.name == reference.name)
+
+
+async def resolve_version(session: AsyncSession, reference: str, *, full: bool = False) -> VersionRow:
+    """The version that a reference means now, not deleted: `[ns/]name`, `name:3`, `name@alias`, or an id."""
+    parsed = Reference.parse(reference)
+    if parsed.fingerprint:
+        raise InvalidReference(
+            f"{reference}: a vector is referred to by name or id, for one content may have many names"
+        )
+    statement = (full_version() if full else bare_version()).where(*_NOT_DELETED)
+    if parsed.id:
+        statement = statement.where(VersionRow.id == parsed.id)
+    else:
+        statement = statement.where(named(parsed), *_selected(parsed.version, parsed.alias))
+    row = (await session.scalars(statement.order_by(VersionRow.number.desc()).limit(1))).first()
+    if row is None:
+        raise NotFound(f"there is no vector {reference}; see: tpv vector list", reference=reference)
+    return row
+
+
+async def version_at(
+    session: AsyncSession, namespace: str, name: str, selector: str, *, deleted: bool = False
+) -> VersionRow:
+    """The version at a path: `{v}` is a number, `@alias` or `newest`. With `deleted`, a number may mean a deleted one."""
+    reference = Reference(namespace, name)
+    if selector == NEWEST:
+        where = _selected(None, None)
+    elif selector.startswith("@"):
+        where = _selected(None, check_alias(selector[1:]))
+    elif selector.isdecimal() and 0 < int(selector) < 2**31:
+        where = _selected(int(selector), None)
+    else:
+        raise InvalidReference(f"{selector!r} is no version: use a number, @alias or {NEWEST}")
+    statement = full_version().where(named(reference), VectorRow.deleted_at.is_(None), *where)
+    statement = statement.order_by(VersionRow.number.desc()).limit(1)
+    if not (deleted and selector.isdecimal()):
+        statement = statement.where(VersionRow.deleted_at.is_(None))
+    row = (await session.scalars(statement)).first()
+    if row is None:
+        shown = f"{reference}{'' if selector == NEWEST else selector if selector[0] == '@' else ':' + selector}"
+        raise NotFound(f"there is no vector {shown}; see: tpv vector show {reference}", reference=shown)
+    return row
+
+
+def _selected(version: int | None, alias: str | None) -> Sequence[ColumnElement[bool]]:
+    if version is not None:
+        return [VersionRow.number == version]
+    if alias is not None:
+        points_here = (
+            select(AliasRow.version).where(AliasRow.vector_id == VersionRow.vector_id, AliasRow.alias == alias)
+        ).scalar_subquery()
+        return [VersionRow.number == points_here]
+    return []
+
+
+async def vector_by_name(
+    session: AsyncSession, namespace: str, name: str, *, lock: bool = False, deleted: bool = False
+) -> VectorRow:
+    statement = select(VectorRow).where(named(Reference(namespace, name))).options(selectinload(VectorRow.aliases))
+    if lock:
+        statement = statement.with_for_update()
+    row = (await session.scalars(statement.execution_options(populate_existing=True))).first()
+    if row is None or (row.deleted_at and not deleted):
+        hint = f"restore it: tpv vector restore {namespace}/{name}" if row else "see: tpv vector list"
+        raise NotFound(f"there is no vector {namespace}/{name}; {hint}", reference=f"{namespace}/{name}")
+    return row
+
+
+async def newest_version_numbers(session: AsyncSession, vectors: Sequence[UUID]) -> dict[UUID, int]:
+    """The newest not deleted version's number of each vector that has one."""
+    rows = await session.execute(
+        select(VersionRow.vector_id, VersionRow.number)
+        .ext(distinct_on(VersionRow.vector_id))
+        .where(VersionRow.vector_id.in_(vectors), VersionRow.deleted_at.is_(None))
+        .order_by(VersionRow.vector_id, VersionRow.number.desc())
+    )
+    return dict(rows.all())
+
+
+async def base_models_of(session: AsyncSession, vectors: Sequence[UUID]) -> dict[UUID, list[str]]:
+    """The names of the base models that each vector's versions belong to."""
+    rows = await session.execute(
+        select(VersionRow.vector_id, BaseModelRow.name)
+        .join(VersionRow.initialization)
+        .join(InitializationRow.base_model)
+        .where(VersionRow.vector_id.in_(vectors))
+        .distinct()
+        .order_by(VersionRow.vector_id, BaseModelRow.name)
+    )
+    found: dict[UUID, list[str]] = {}
+    for vector, name in rows:
+        found.setdefault(vector, []).append(name)
+    return found
+
+
+async def resolve_initialization(
+    session: AsyncSession, reference: str, namespace: str | None = None
+) -> InitializationRow:
+    """The initialization with this name, id or fingerprint."""
+    parsed = Reference.parse(reference if namespace is None else _within(namespace, reference))
+    if parsed.version is not None or parsed.alias is not None:
+        raise InvalidReference(f"{reference}: an initialization has no versions; use its name alone")
+    statement = full_initialization()
+    if parsed.id:
+        statement = statement.where(InitializationRow.id == parsed.id)
+    elif parsed.fingerprint:
+        statement = statement.where(InitializationRow.fingerprint == parsed.fingerprint)
+    else:
+        statement = statement.where(
+            InitializationRow.namespace == parsed.namespace, InitializationRow.name == parsed.name
+        )
+    rows = (await session.scalars(statement.limit(2))).all()
+    if not rows:
+        raise NotFound(f"there is no initialization {reference}; see: tpv init list", reference=reference)
+    if len(rows) > 1:
+        raise InvalidReference(f"{reference} is used with several base models; use the initialization's name or id")
+    return rows[0]
+
+
+def _within(namespace: str, reference: str) -> str:
+    """A bare name read inside a path's namespace; ids and fingerprints are the same everywhere."""
+    parsed = Reference.parse(reference)
+    return reference if parsed.id or parsed.fingerprint else f"{namespace}/{reference}"
+
+
+async def live_descendants(session: AsyncSession, versions: Sequence[UUID]) -> Sequence[str]:
+    """References of not deleted versions that were made from one of these."""
+    rows = await session.execute(
+        select(VectorRow.namespace, VectorRow.name, VersionRow.number)
+        .join(VersionRow.vector)
+        .join(ParentRow, ParentRow.version_id == VersionRow.id)
+        .where(ParentRow.parent_id.in_(versions), VersionRow.deleted_at.is_(None), VersionRow.id.not_in(versions))
+        .distinct()
+        .limit(10)
+    )
+    return [f"{namespace}/{name}:{number}" for namespace, name, number in rows]
+
+
+async def reload_version(session: AsyncSession, row: VersionRow) -> VersionRow:
+    """The same version with all that an answer shows, as this transaction sees it."""
+    return (await session.execute(full_version().where(VersionRow.id == row.id))).scalar_one()
+
+
+async def live_jobs_using(session: AsyncSession, versions: Sequence[UUID]) -> Sequence[UUID]:
+    """Jobs that are queued or running and were given one of these versions."""
+    statement = select(JobRow.id).where(
+        JobRow.state.in_(["queued", "running"]),
+        or_(
+            *(
+                JobRow.spec.contains({"target": {"version_id": str(version)}})
+                | JobRow.spec.contains({"sources": [{"version_id": str(version)}]})
+                for version in versions
+            )
+        ),
+    )
+    return (await session.scalars(statement.limit(10))).all() if versions else []

@@ -1,0 +1,1 @@
+"""Similarity and grouping queries over the registry's vectors."""

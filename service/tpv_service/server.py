@@ -1,0 +1,47 @@
+"""The API as a process: the body of `tpv serve`, and the child that `tpv up` supervises."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from contextlib import suppress
+from ipaddress import ip_address
+
+from tpv_service.settings import Settings
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises OSError when that is not possible."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(address[:2], family=family, backlog=512)
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def serve(settings: Settings, listener: socket.socket) -> None:
+    """Answers requests until SIGTERM or SIGINT, then finishes the ones at hand."""
+    import uvicorn  # here, because the supervisor of `tpv up` uses the functions above and needs no application
+
+    from tpv_service.app import create_app
+
+    config = uvicorn.Config(create_app(settings), access_log=False, timeout_graceful_shutdown=3)
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    # For `tpv up`, which keeps the listening socket open: the port stays ours when this process is started again.
+    from tpv_service import migrate
+
+    settings = Settings()  # type: ignore[call-arg]  # from the environment
+    migrate.upgrade(settings.database_url.get_secret_value())
+    serve(settings, socket.socket(fileno=int(sys.argv[1])))

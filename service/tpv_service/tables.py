@@ -1,0 +1,23 @@
+"""All tables: what the migrations are checked against."""
+
+from tpv_service.auth.tables import TokenRow
+from tpv_service.datasets.tables import DatasetRow, DatasetVersionRow, SplitRow
+from tpv_service.db import Table
+from tpv_service.jobs.tables import AttemptRow, EventRow, JobRow, NeedRow, StagedRow
+from tpv_service.registry.tables import (
+    AliasChangeRow,
+    AliasRow,
+    BaseModelRow,
+    EvaluationRow,
+    IdempotencyRow,
+    InitializationRow,
+    ParentRow,
+    VectorRow,
+    VersionRow,
+)
+
+__all__ = [
+    "AliasChangeRow", "AliasRow", "AttemptRow", "BaseModelRow", "DatasetRow", "DatasetVersionRow", "EvaluationRow",
+    "EventRow", "IdempotencyRow", "InitializationRow", "JobRow", "NeedRow", "ParentRow", "SplitRow", "StagedRow",
+    "Table", "TokenRow", "VectorRow", "VersionRow",
+]  # fmt: skip

@@ -1,0 +1,222 @@
+"""`tpv up` as a real process: starts, stops, is killed, comes back."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import tpv
+from tpv.schemas.initializations import Initialization
+
+pytestmark = pytest.mark.slow
+
+CHILDREN = 3  # guard, PostgreSQL, API
+
+
+class Up:
+    """A running `tpv up`."""
+
+    def __init__(self, data_dir: Path, *, workers: int = 0, port: int = 0) -> None:
+        started = time.monotonic()
+        args = ["up", "--data-dir", str(data_dir), "--port", str(port), "--workers", str(workers)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tpv.cli.main", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert self.process.stdout
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=_read, args=(self.process.stdout, self._lines))
+        self._reader.start()
+        self.url = self.wait_for("ready at ").split()[-1]
+        self.seconds = time.monotonic() - started
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        deadline = time.monotonic() + seconds
+        while True:
+            line = self._lines.get(timeout=max(0.01, deadline - time.monotonic()))
+            if text in line:
+                return line
+
+    def family(self) -> list[psutil.Process]:
+        """All processes below `tpv up`."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def child(self, *words: str) -> psutil.Process:
+        """The child whose command line has these words."""
+        (found,) = [
+            child
+            for child in psutil.Process(self.process.pid).children()
+            if all(any(word in part for part in child.cmdline()) for word in words)
+        ]
+        return found
+
+    def end(self) -> int:
+        self.process.wait(30)
+        self._reader.join(30)
+        assert self.process.stdout
+        self.process.stdout.close()
+        return self.process.returncode
+
+
+def _read(stream: IO[str], lines: "queue.SimpleQueue[str]") -> None:
+    for line in stream:
+        lines.put(line.rstrip())
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """An empty directory that the Postgres user can pass through; pytest's own `tmp_path` is private to us."""
+    with tempfile.TemporaryDirectory(prefix="tpv-") as directory:
+        if os.geteuid() == 0:
+            Path(directory).chmod(0o711)
+        yield Path(directory)
+
+
+@pytest.fixture
+def up(place: Path) -> Iterator[Callable[..., Up]]:
+    running = []
+
+    def start(name: str = "data", **options: int) -> Up:
+        running.append(Up(place / name, **options))
+        return running[-1]
+
+    yield start
+    for each in running:
+        if each.process.poll() is None:
+            each.process.terminate()
+            each.end()
+
+
+def register(url: str) -> Initialization:
+    with tpv.Client(url) as client:
+        tensor = np.arange(6, dtype=np.float32).reshape(2, 3)
+        return client.initializations.create("family", base_model="some/model", unpinned=True, tensor=tensor)
+
+
+def registered(url: str) -> Initialization:
+    with tpv.Client(url) as client:
+        return client.initializations.get("family")
+
+
+def test_stops_cleanly_on_sigterm_and_keeps_its_data(up: Callable[..., Up], place: Path) -> None:
+    first = up()
+    made = register(first.url)
+    family = first.family()
+    assert len(family) >= CHILDREN
+
+    first.process.terminate()
+    assert first.end() == 0
+    assert psutil.wait_procs(family, timeout=1)[1] == []
+    assert not (place / "data" / "postgres" / "postmaster.pid").exists()
+
+    again = up()
+    assert again.seconds < 20  # 5 s are promised and 2 to 3 usual; this machine may be busy
+    assert registered(again.url).fingerprint == made.fingerprint
+
+
+def test_ctrl_c_ends_it_well_too(up: Callable[..., Up]) -> None:
+    running = up()
+    running.process.send_signal(signal.SIGINT)
+    assert running.end() == 0
+
+
+def test_a_second_one_says_who_runs_and_touches_nothing(up: Callable[..., Up], place: Path) -> None:
+    first = up()
+    lock = (place / "data" / "up.lock").read_text()
+
+    second = subprocess.run(
+        [sys.executable, "-m", "tpv.cli.main", "up", "--data-dir", str(place / "data")], capture_output=True, text=True
+    )
+
+    assert second.returncode == 1
+    assert second.stdout == ""
+    assert second.stderr.count("\n") == 1
+    assert f"pid {first.process.pid}, {first.url}" in second.stderr
+    assert (place / "data" / "up.lock").read_text() == lock
+    assert httpx.get(f"{first.url}/readyz").status_code == 200
+
+
+def test_kill_9_of_the_parent_takes_the_children_along(up: Callable[..., Up]) -> None:
+    first = up(workers=1)
+    made = register(first.url)
+    time.sleep(1)  # the worker starts
+    family = first.family()
+    port = int(first.url.rsplit(":", 1)[1])
+
+    first.process.kill()
+    killed = time.monotonic()
+    first.process.wait()
+    again = up(port=port)  # at once, on the same port
+
+    assert psutil.wait_procs(family, timeout=max(0.0, 5 - (time.monotonic() - killed)))[1] == []
+    assert registered(again.url).fingerprint == made.fingerprint
+    first.end()
+
+
+def test_kill_9_of_everything_loses_nothing(up: Callable[..., Up], place: Path) -> None:
+    first = up()
+    made = register(first.url)
+    for process in (psutil.Process(first.process.pid), *first.family()):
+        process.kill()
+    first.end()
+    assert json.loads((place / "data" / "up.lock").read_text())["pid"] == first.process.pid
+
+    assert registered(up().url).fingerprint == made.fingerprint
+
+
+def test_children_that_die_are_started_again(up: Callable[..., Up]) -> None:
+    running = up()
+    made = register(running.url)
+
+    running.child("tpv_service.server").kill()
+    running.wait_for("api ended")
+    assert registered(running.url).fingerprint == made.fingerprint
+
+    running.child("bin/postgres").kill()
+    running.wait_for("PostgreSQL ended")
+    assert _eventually_ready(running.url)
+    assert registered(running.url).fingerprint == made.fingerprint
+
+
+def test_one_line_says_that_the_port_is_taken(up: Callable[..., Up], place: Path) -> None:
+    port = up().url.rsplit(":", 1)[1]
+
+    other = subprocess.run(
+        [sys.executable, "-m", "tpv.cli.main", "up", "--data-dir", str(place / "other"), "--port", port],
+        capture_output=True,
+        text=True,
+    )
+
+    assert other.returncode == 1
+    assert other.stderr == f"tpv: port {port} is taken; choose another with --port, or 0 for any free one\n"
+
+
+def test_listens_on_loopback_only(place: Path) -> None:
+    refused = subprocess.run(
+        [sys.executable, "-m", "tpv.cli.main", "up", "--data-dir", str(place / "data"), "--host", "0.0.0.0"],  # noqa: S104
+        capture_output=True,
+        text=True,
+    )
+
+    assert refused.returncode == 1
+    assert "loopback only" in refused.stderr
+    assert not (place / "data").exists()
+
+
+def _eventually_ready(url: str) -> bool:
+    for _ in range(100):
+        if httpx.get(f"{url}/readyz", timeout=10).status_code == 200:
+            return True
+        time.sleep(0.1)
+    return False

@@ -1,0 +1,90 @@
+"""Real Postgres for every test of the service; one server a session, one database a test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import psycopg
+import pytest
+import tpv
+from fastapi import FastAPI
+from pydantic import SecretStr
+from tpv_service import migrate
+from tpv_service.app import create_app
+from tpv_service.embedded.postgres import temporary_postgres
+from tpv_service.settings import Settings
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A server whose database `tpv` has the schema; tests copy it."""
+    with temporary_postgres() as postgres:
+        migrate.upgrade(postgres.url.replace("postgresql://", "postgresql+psycopg://"))
+        yield postgres.url
+
+
+@pytest.fixture
+def database_url(postgres_url: str) -> Iterator[str]:
+    """A database of this test's own, copied from the migrated one."""
+    name = f"test_{uuid4().hex}"
+    admin = postgres_url.replace("/tpv?", "/postgres?")
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(f"create database {name} template tpv strategy file_copy".encode())
+    yield postgres_url.replace("/tpv?", f"/{name}?")
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(f"drop database {name} with (force)".encode())
+
+
+@pytest.fixture
+def settings(database_url: str, tmp_path: Path) -> Settings:
+    return Settings(
+        database_url=SecretStr(database_url),
+        blob_directory=tmp_path / "blobs",
+        authentication=False,
+        database_connections=5,
+    )
+
+
+@pytest.fixture
+async def app(settings: Settings) -> AsyncIterator[FastAPI]:
+    """The application with its lifespan running."""
+    made = create_app(settings)
+    async with AsyncExitStack() as stack:
+        state = await stack.enter_async_context(made.router.lifespan_context(made))
+        yield _WithState(made, state)  # type: ignore[misc]
+
+
+class _WithState:
+    """What a server does with the lifespan's state: hand a copy of it to every request."""
+
+    def __init__(self, app: FastAPI, state: object) -> None:
+        self.app, self.state = app, state
+
+    async def __call__(self, scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+        scope["state"] = dict(self.state)  # type: ignore[call-overload]
+        await self.app(scope, receive, send)
+
+
+@pytest.fixture
+async def http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """Plain HTTP to the application, for requests that our client would never send."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[tpv.AsyncClient]:
+    """The published client on the application: every test of the API tests it too."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with tpv.AsyncClient("http://test", transport=transport) as client:
+        yield client

@@ -1,0 +1,139 @@
+"""A small registry to submit jobs to, and the reports of a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from typing import Any, LiteralString
+from uuid import UUID
+
+import numpy as np
+import psycopg
+import pytest
+import tpv
+from numpy.typing import NDArray
+from tpv import files
+from tpv.schemas.jobs import EvaluationReport, EventReport, FailureReport, Job, ResultReport
+from tpv_service.settings import Settings
+
+SHAPE = (4, 8)
+START = np.linspace(-1, 1, 32, dtype=np.float32).reshape(SHAPE)  #: P_init
+ROWS = [{"source": f"text {i}", "target": "yes" if i % 2 else "no"} for i in range(8)]
+
+
+def tuned(change: float) -> NDArray[np.float32]:
+    """A soft prompt P* that some tuning may have given."""
+    return START + np.float32(change) * np.eye(*SHAPE, dtype=np.float32)
+
+
+@pytest.fixture
+async def registry(client: tpv.AsyncClient) -> tpv.AsyncClient:
+    """The initialization `family`, the data set `cr`, and source vectors `mnli` and `qnli`."""
+    await client.initializations.create("family", base_model="/models/t5", unpinned=True, tensor=START)
+    await client.datasets.upload("cr", ROWS, ROWS[:4], label_words=["yes", "no"])
+    for name, change in (("mnli", 0.5), ("qnli", 0.25)):
+        await client.vectors.register(name, prompt=tuned(change), initialization="family", task=name)
+    return client
+
+
+async def tune(client: tpv.AsyncClient, output: str = "cr-own", **changes: object) -> Job:
+    members = {"dataset": "cr", "initialization": "family", "output": output, "steps": 5, **changes}
+    return await client.jobs.tune(**members)  # type: ignore[arg-type]
+
+
+async def transfer(client: tpv.AsyncClient, **changes: object) -> Job:
+    members = {"target": "cr-own", "sources": ["mnli", "qnli"], "dataset": "cr", "output": "cr-dtvg", **changes}
+    return await client.jobs.transfer(**members)  # type: ignore[arg-type]
+
+
+@dataclass
+class Worker:
+    """What a worker reports of one attempt."""
+
+    client: tpv.AsyncClient
+    job: UUID
+    number: int
+
+    @classmethod
+    async def takes(cls, client: tpv.AsyncClient, job: Job, name: str = "host:1") -> Worker:
+        started = await client.jobs.start_attempt(job.id, name)
+        return cls(client, job.id, started.number)
+
+    async def tells(self, *events: EventReport) -> None:
+        await self.client.jobs.report_events(self.job, self.number, events)
+
+    async def stages(self, prompt: NDArray[np.float32]) -> str:
+        staged = await self.client.jobs.stage(self.job, self.number, files.dump({"prompt": prompt}))
+        return staged.digest
+
+    async def succeeds(self, prompt: NDArray[np.float32], **members: object) -> Job:
+        return await self.client.jobs.complete(
+            self.job,
+            self.number,
+            ResultReport.model_validate({"prompt": await self.stages(prompt), **members}),
+        )
+
+    async def fails(self, reason: str = "data", message: str = "no such column") -> Job:
+        failure = FailureReport(reason=reason, message=message)  # type: ignore[arg-type]
+        return await self.client.jobs.fail(self.job, self.number, failure)
+
+
+_ticks = count()
+
+
+def event(kind: str, **data: object) -> EventReport:
+    at = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=next(_ticks))
+    return EventReport(type=kind, at=at, data=data)  # type: ignore[arg-type]
+
+
+def figure(value: float, predictions: str | None = None) -> EvaluationReport:
+    return EvaluationReport(
+        dataset="default/cr:1", split="validation", metric="accuracy", value=value, seed=0, n=4, predictions=predictions
+    )
+
+
+@dataclass
+class QueueTables:
+    """Looks into the queue, and plays its workers."""
+
+    url: str
+
+    def entries(self) -> dict[str, list[str]]:
+        """The states of each job's entries, oldest first."""
+        found: dict[str, list[str]] = {}
+        for job, status in self._ask("select args->>'job', status::text from procrastinate_jobs order by id"):
+            found.setdefault(job, []).append(status)
+        return found
+
+    def take(self, *, silent_for: float = 0) -> str:
+        """A worker, whose last heartbeat is so many seconds old, takes the next entry; gives its job."""
+        [[worker]] = self._ask(
+            "insert into procrastinate_workers (last_heartbeat) values (now() - %s * interval '1 s') returning id",
+            silent_for,
+        )
+        [[job]] = self._ask("select args->>'job' from procrastinate_fetch_job_v2(null, %s)", worker)
+        return str(job)
+
+    def finish(self, job: UUID) -> None:
+        """The worker that took the job first says that it is through with it."""
+        self._ask(
+            "select procrastinate_finish_job_v1(min(id), 'succeeded', false) from procrastinate_jobs"
+            " where args->>'job' = %s",
+            str(job),
+        )
+
+    def abort_requested(self, job: UUID) -> bool:
+        """Whether the job's worker is told to stop."""
+        return self._ask("select abort_requested from procrastinate_jobs where args->>'job' = %s", str(job)) == [
+            (True,)
+        ]
+
+    def _ask(self, query: LiteralString, *parameters: object) -> list[Any]:
+        with psycopg.connect(self.url, autocommit=True, options="-c search_path=procrastinate") as connection:
+            return connection.execute(query, parameters).fetchall()
+
+
+@pytest.fixture
+def queue_tables(settings: Settings) -> QueueTables:
+    return QueueTables(settings.database_url.get_secret_value().replace("+psycopg", ""))

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tpv.files import fingerprint
+from tpv.methods import TrainingOptions
+from tpv_worker.backbone import Backbone, model_digest
+from tpv_worker.data import Row
+from tpv_worker.errors import DataError, ModelError, OptionsError
+from tpv_worker.evaluation import evaluate
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+OPTIONS = TrainingOptions(batch_size=8, separator=" | ")
+LABELS = ("yes", "no", "w5 yes")
+
+
+def test_kind_dimension_and_frozen_weights(backbone: Backbone) -> None:
+    assert backbone.kind == ("encoder-decoder" if backbone.model.config.is_encoder_decoder else "decoder-only")
+    assert backbone.token_dim == 16
+    assert backbone.embeddings.dtype == torch.float32
+    assert not any(weight.requires_grad for weight in backbone.model.parameters())
+    assert not backbone.model.training
+
+
+def test_padding_changes_neither_loss_nor_gradient(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    examples = backbone.tokenize([*rows[:7], Row("w3 w4 w5 w6", "w7 w8 w9")], OPTIONS, len(prompt))
+    assert len({len(example.source) for example in examples}) > 4
+    prompt.requires_grad_()
+    together = backbone.loss(prompt, examples)
+    (gradient,) = torch.autograd.grad(together, prompt)
+    tokens = sum(len(example.target) for example in examples)
+    alone = sum(backbone.loss(prompt, [example]) * len(example.target) / tokens for example in examples)
+    (gradient_alone,) = torch.autograd.grad(alone, prompt)
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(gradient, gradient_alone, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_padding_changes_no_score_and_no_text(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    examples = backbone.tokenize(rows, OPTIONS, len(prompt))
+    labels = [backbone.target_tokens(word) for word in LABELS]
+    alone = torch.cat([backbone.label_scores(prompt, [example], labels) for example in examples])
+    torch.testing.assert_close(backbone.label_scores(prompt, examples, labels), alone, rtol=1e-4, atol=1e-5)
+    texts = [backbone.generate(prompt, [example], 4)[0] for example in examples]
+    assert backbone.generate(prompt, examples, 4) == texts
+    assert len(set(texts)) > 3, "the texts must depend on the sources for this test to mean anything"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokenizers_padding_side_does_not_matter(
+    model_paths: dict[str, Path], backbone: Backbone, prompt: Tensor, rows: list[Row], side: str
+) -> None:
+    other = Backbone.load(model_paths[backbone.kind])
+    other.tokenizer.padding_side = side
+    expected = backbone.loss(prompt, backbone.tokenize(rows, OPTIONS, len(prompt)))
+    assert other.loss(prompt, other.tokenize(rows, OPTIONS, len(prompt))) == expected
+
+
+@torch.no_grad()
+def test_each_row_may_have_its_own_prompt(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    examples = backbone.tokenize(rows[:3], OPTIONS, len(prompt))
+    prompts = torch.stack([prompt, 2 * prompt, -prompt])  # (batch, r, d)
+    alone = sum(backbone.loss(prompts[i], [examples[i]]) for i in range(3)) / 3  # all targets have two tokens
+    torch.testing.assert_close(backbone.loss(prompts, examples), alone)
+
+
+@torch.no_grad()
+def test_label_scores_are_the_loss_of_the_label_as_target(backbone: Backbone, prompt: Tensor) -> None:
+    labels = [backbone.target_tokens(word) for word in LABELS]
+    scores = backbone.label_scores(prompt, backbone.tokenize([Row("w2 w3", "yes")], OPTIONS, len(prompt)), labels)
+    for word, tokens, score in zip(LABELS, labels, scores[0], strict=True):
+        example = backbone.tokenize([Row("w2 w3", word)], OPTIONS, len(prompt))
+        torch.testing.assert_close(-score / len(tokens), backbone.loss(prompt, example))
+
+
+@torch.no_grad()
+def test_plain_transformers_code_repeats_t5s_predictions(
+    model_paths: dict[str, Path], prompt: Tensor, rows: list[Row]
+) -> None:
+    path = model_paths["encoder-decoder"]
+    ours = Backbone.load(path)
+    examples = ours.tokenize(rows, OPTIONS, len(prompt))
+
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    predictions, texts = [], []
+    for source, _ in rows:
+        ids = tokenizer(source, truncation=True, max_length=256, return_tensors="pt").input_ids
+        embeds = torch.cat([prompt, model.get_input_embeddings()(ids)[0]])[None]
+        targets = [torch.tensor([[*tokenizer(w, add_special_tokens=False).input_ids, 1]]) for w in LABELS]
+        scores = [-model(inputs_embeds=embeds, labels=t).loss * t.numel() for t in targets]
+        predictions.append(LABELS[int(torch.stack(scores).argmax())])
+        texts.append(tokenizer.decode(model.generate(inputs_embeds=embeds, max_new_tokens=17)[0], True))
+
+    assert len(set(predictions)) > 1
+    assert evaluate(ours, prompt, examples, label_words=LABELS, options=OPTIONS).predictions == predictions
+    assert evaluate(ours, prompt, examples, label_words=None, options=OPTIONS).predictions == texts
+
+
+@torch.no_grad()
+def test_plain_transformers_code_repeats_llamas_predictions(
+    model_paths: dict[str, Path], prompt: Tensor, rows: list[Row]
+) -> None:
+    path = model_paths["decoder-only"]
+    ours = Backbone.load(path)
+    examples = ours.tokenize(rows, OPTIONS, len(prompt))
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    predictions, texts = [], []
+    for source, _ in rows:
+        ids = tokenizer(source, truncation=True, max_length=256).input_ids
+        ids = torch.tensor(ids + tokenizer(" | ", add_special_tokens=False).input_ids)
+        scores = []
+        for word in LABELS:
+            target = torch.tensor([*tokenizer(word, add_special_tokens=False).input_ids, tokenizer.eos_token_id])
+            embeds = torch.cat([prompt, model.get_input_embeddings()(torch.cat([ids, target]))])[None]
+            labels = torch.cat([torch.full((len(prompt) + len(ids),), -100), target])[None]
+            scores.append(-model(inputs_embeds=embeds, labels=labels).loss * len(target))
+        predictions.append(LABELS[int(torch.stack(scores).argmax())])
+        embeds = torch.cat([prompt, model.get_input_embeddings()(ids)])[None]
+        texts.append(tokenizer.decode(model.generate(inputs_embeds=embeds, max_new_tokens=17)[0], True))
+
+    assert len(set(predictions)) > 1
+    assert evaluate(ours, prompt, examples, label_words=LABELS, options=OPTIONS).predictions == predictions
+    assert evaluate(ours, prompt, examples, label_words=None, options=OPTIONS).predictions == texts
+
+
+def test_a_long_source_is_cut_but_keeps_its_special_token(backbone: Backbone) -> None:
+    options = OPTIONS.model_copy(update={"max_source_tokens": 3})
+    (example,) = backbone.tokenize([Row("w0 w1 w2 w3", "yes")], options, 3)
+    tokens = backbone.tokenizer.convert_ids_to_tokens(example.source)
+    assert tokens == (["w0", "w1", "</s>"] if backbone.kind == "encoder-decoder" else ["<s>", "w0", "w1", "|"])
+    assert backbone.tokenizer.convert_ids_to_tokens(example.target) == ["yes", "</s>"]
+
+
+def test_a_target_over_the_limit_is_an_error(backbone: Backbone) -> None:
+    options = OPTIONS.model_copy(update={"max_target_tokens": 2})
+    backbone.tokenize([Row("w1", "w1 w2")], options, 3)
+    with pytest.raises(DataError, match="'w1 w2 w3' has 3 tokens, max_target_tokens is 2"):
+        backbone.tokenize([Row("w1", "w1 w2 w3")], options, 3)
+
+
+@pytest.mark.parametrize("rows", [[], [Row("w1", " ")]])
+def test_no_rows_and_empty_targets_are_errors(backbone: Backbone, rows: list[Row]) -> None:
+    with pytest.raises(DataError):
+        backbone.tokenize(rows, OPTIONS, 3)
+
+
+def test_what_does_not_fit_the_context_is_refused(model_paths: dict[str, Path]) -> None:
+    llama = Backbone.load(model_paths["decoder-only"])  # its context is 64; 16 for the target, 2 for <s> and separator
+    row = Row(" ".join(["w1"] * 20), "yes")
+    llama.tokenize([row], OPTIONS, 64 - 16 - 22)
+    with pytest.raises(
+        OptionsError, match=r"27 virtual tokens, 22 source tokens and 16 target tokens are more than .* 64"
+    ):
+        llama.tokenize([row], OPTIONS, 64 - 16 - 22 + 1)
+
+
+def test_the_model_digest_is_what_sha256sum_says(model_paths: dict[str, Path], tmp_path: Path) -> None:
+    model = shutil.copytree(model_paths["decoder-only"], tmp_path / "model")
+    lines = "".join(
+        f"{hashlib.sha256((model / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("config.json", "model.safetensors")
+    )
+    assert model_digest(model) == f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+    (model / "README.md").write_text("what is no weight does not count")
+    assert model_digest(model) == model_digest(model_paths["decoder-only"])
+    with (model / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x7f")
+    assert model_digest(model) != model_digest(model_paths["decoder-only"])
+    with pytest.raises(ModelError, match="no model directory"):
+        model_digest(tmp_path)
+
+
+def test_the_embedding_digest_is_the_fingerprint_of_the_embeddings(backbone: Backbone) -> None:
+    assert backbone.embedding_digest() == fingerprint(backbone.embeddings.numpy())
+
+
+@pytest.mark.parametrize("config", [{"model_type": "vit"}, {"model_type": "nothing-known"}, None])
+def test_what_is_no_language_model_is_refused(tmp_path: Path, config: dict[str, str] | None) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="cannot load the model"):
+        Backbone.load(tmp_path)
+
+
+def test_damaged_or_missing_weights_are_refused(model_paths: dict[str, Path], tmp_path: Path) -> None:
+    model = shutil.copytree(model_paths["decoder-only"], tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 1 tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
+        Backbone.load(model)
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(ModelError, match="cannot load the model"):
+        Backbone.load(model)

@@ -1,0 +1,1 @@
+"""The processes that train: jobs of the registry run here, with torch and transformers."""

@@ -1,0 +1,300 @@
+"""A frozen language model that reads a soft prompt in front of its input: encoder-decoder or decoder-only.
+
+What the model reads, so that anybody can repeat it with plain transformers code:
+
+- source: what `tokenizer(source, truncation=True, max_length=max_source_tokens)` gives. So T5 keeps its end token when
+  a source is cut, and a decoder-only tokenizer that begins texts with a special token does so here: it stands between
+  soft prompt and source;
+- target: its tokens without special ones, then the end token. Loss and label scores count the end token too, else a
+  label word that begins another one would always win;
+- encoder-decoder: the encoder reads [prompt][source], the decoder writes [target];
+- decoder-only: [prompt][source][separator][target], separator and target tokenized on their own without special tokens.
+
+Padding is always outside: right of the encoder's input, left of a decoder-only sequence, whatever side the tokenizer
+prefers. So the distance between any two tokens is the same with and without padding, and a decoder-only batch has its
+labels at the end, where `logits_to_keep` computes logits for them alone.
+
+The model is in evaluation mode during training as well: dropout inside a frozen model is left out, unlike in the
+papers' released code, so that training sees the function that is used afterwards and needs no random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+from torch.nn.utils.rnn import pad_sequence
+from tpv.files import fingerprint
+from tpv.methods import TrainingOptions
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from tpv_worker.data import Example, Row
+from tpv_worker.errors import DataError, ModelError, OptionsError
+
+IGNORED = -100  #: label of positions that no loss is taken on; cross_entropy's default
+
+
+class Backbone(ABC):
+    """A frozen model and its tokenizer. `prompt` is a soft prompt (r, d) or one for each row (batch, r, d), float32."""
+
+    kind: ClassVar[Literal["encoder-decoder", "decoder-only"]]
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`model` is a PreTrainedModel; Any, because each architecture has its own forward()."""
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end token, so a target would have no end")
+        self.end_token: int = tokenizer.eos_token_id
+
+    @staticmethod
+    def load(path_or_id: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu") -> Backbone:
+        """The backbone of a local model directory, or of a hub id at a revision, with float32 weights.
+
+        Code that comes with a model is never run; a local directory needs no network.
+        Raises ModelError when it cannot be loaded.
+        """
+        where: dict[str, Any] = {"revision": revision, "local_files_only": Path(path_or_id).is_dir()}
+        loading = {"dtype": torch.float32, "output_loading_info": True, **where}
+        try:
+            config = AutoConfig.from_pretrained(path_or_id, **where)
+            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            loaded: Any = auto.from_pretrained(path_or_id, config=config, **loading)
+            tokenizer = AutoTokenizer.from_pretrained(path_or_id, **where)
+        # Missing files, unknown architectures, weights of another shape, damaged weights.
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"cannot load the model {path_or_id}: {error}") from error
+        model, info = loaded
+        if info["missing_keys"]:  # transformers would go on with random weights in their place
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise ModelError(f"the weights of {path_or_id} lack {len(info['missing_keys'])} tensors: {missing}")
+        kind = EncoderDecoder if config.is_encoder_decoder else DecoderOnly
+        return kind(model.to(device), tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.device
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The input embeddings (vocabulary, d), float32."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
+
+    @property
+    def token_dim(self) -> int:
+        """The width d of the input embeddings, and so of a soft prompt."""
+        return self.embeddings.shape[1]
+
+    def embedding_digest(self) -> str:
+        """`sha256:...` of the float32 input embeddings: their fingerprint."""
+        return fingerprint(self.embeddings.float().cpu().numpy())
+
+    def tokenize(self, rows: Sequence[Row], options: TrainingOptions, num_virtual_tokens: int) -> list[Example]:
+        """The rows as token ids; sources are cut to `max_source_tokens`.
+
+        Raises DataError for a target of more than `max_target_tokens` tokens, OptionsError when soft prompt, the
+        longest source and the longest allowed target do not fit the model's context together.
+        """
+        if not rows:
+            raise DataError("there are no rows")
+        separator = self._separator(options)
+        limit = {"truncation": True, "max_length": options.max_source_tokens}
+        sources = self.tokenizer([row.source for row in rows], **limit).input_ids
+        targets = {text: self.target_tokens(text) for text in {row.target for row in rows}}
+        for text, target in targets.items():
+            if len(target) - 1 > options.max_target_tokens:
+                raise DataError(
+                    f"the target {text[:60]!r} has {len(target) - 1} tokens, "
+                    f"max_target_tokens is {options.max_target_tokens}"
+                )
+        examples = [
+            Example(source + separator, targets[row.target], row.target)
+            for row, source in zip(rows, sources, strict=True)
+        ]
+        # T5's positions are relative and without a limit: it has no such number.
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        source_tokens = max(len(example.source) for example in examples)
+        if context and num_virtual_tokens + source_tokens + options.max_target_tokens > context:
+            raise OptionsError(
+                f"{num_virtual_tokens} virtual tokens, {source_tokens} source tokens and {options.max_target_tokens} "
+                f"target tokens are more than the model's context of {context}: lower max_source_tokens"
+            )
+        return examples
+
+    def target_tokens(self, text: str) -> list[int]:
+        """The tokens that the model has to write for a target or a label word, the end token included.
+
+        Raises DataError when there is nothing but the end token.
+        """
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        if not tokens:
+            raise DataError(f"the target {text!r} has no tokens")
+        return [*tokens, self.end_token]
+
+    @abstractmethod
+    def loss(self, prompt: Tensor, batch: Sequence[Example]) -> Tensor:
+        """Mean cross entropy, in nats, over all tokens of the batch's targets; a scalar, differentiable by `prompt`."""
+
+    @abstractmethod
+    def label_scores(self, prompt: Tensor, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probability, in nats, that the model writes exactly this label: (batch, n_labels), float32.
+
+        `label_tokens` are the labels' `target_tokens`.
+        """
+
+    @abstractmethod
+    def generate(self, prompt: Tensor, batch: Sequence[Example], max_new_tokens: int) -> list[str]:
+        """The text that greedy decoding writes for each source, special tokens left out."""
+
+    def _separator(self, options: TrainingOptions) -> list[int]:
+        return []
+
+    def _decode(self, tokens: Tensor) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return texts
+
+    def _padded(self, rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
+        """Rows of ids as one tensor (batch, length), and their lengths (batch, 1)."""
+        ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value, side)
+        lengths = torch.tensor([[len(row)] for row in rows])
+        # Non-blocking: else each copy would wait until the device has finished the step before.
+        return ids.to(self.device, non_blocking=True), lengths.to(self.device, non_blocking=True)
+
+
+class EncoderDecoder(Backbone):
+    """T5 and its family: the encoder reads the soft prompt, the decoder starts from the target alone."""
+
+    kind = "encoder-decoder"
+
+    def loss(self, prompt: Tensor, batch: Sequence[Example]) -> Tensor:
+        labels, _ = self._padded([example.target for example in batch], IGNORED, "right")
+        logits = self._decoded(labels, **self._inputs(prompt, batch))
+        return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    def label_scores(self, prompt: Tensor, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
+        inputs = self._inputs(prompt, batch)
+        encoded = self.model.get_encoder()(**inputs)
+        scores = []
+        for tokens in label_tokens:
+            label = torch.tensor(tokens, device=self.device).expand(len(batch), -1)  # (batch, tokens)
+            logits = self._decoded(label, encoder_outputs=encoded, attention_mask=inputs["attention_mask"])
+            scores.append(_log_probability(logits, label))
+        return torch.stack(scores, dim=1)
+
+    def generate(self, prompt: Tensor, batch: Sequence[Example], max_new_tokens: int) -> list[str]:
+        inputs = self._inputs(prompt, batch)
+        return self._decode(self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1))
+
+    def _decoded(self, labels: Tensor, **encoder: Any) -> Tensor:
+        """Logits (batch, tokens, vocabulary) of labels (batch, tokens)."""
+        shifted = self.model.prepare_decoder_input_ids_from_labels(labels)
+        logits: Tensor = self.model(decoder_input_ids=shifted, use_cache=False, **encoder).logits
+        return logits
+
+    def _inputs(self, prompt: Tensor, batch: Sequence[Example]) -> dict[str, Tensor]:
+        """[prompt][source][padding] as embeddings, and its mask."""
+        ids, lengths = self._padded([example.source for example in batch], 0, "right")
+        tokens = self.model.get_input_embeddings()(ids)  # (batch, length, d)
+        rows = prompt.shape[-2]
+        embeds = torch.cat([prompt.to(tokens).expand(len(batch), -1, -1), tokens], dim=1)
+        places = torch.arange(embeds.shape[1], device=self.device)
+        return {"inputs_embeds": embeds, "attention_mask": (places < rows + lengths).long()}
+
+
+class DecoderOnly(Backbone):
+    """Llama and its like: soft prompt, source, separator and target are one sequence."""
+
+    kind = "decoder-only"
+
+    def loss(self, prompt: Tensor, batch: Sequence[Example]) -> Tensor:
+        labels, _ = self._padded([example.target for example in batch], IGNORED, "left")
+        # The end token is predicted, never read; each position predicts the token after it, so the last len(target)
+        # positions of a sequence are those with labels.
+        inputs = self._inputs(prompt, [example.source + example.target[:-1] for example in batch])
+        width = labels.shape[1]
+        logits = self.model(**inputs, logits_to_keep=width, use_cache=False).logits[:, -width:]
+        return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    def label_scores(self, prompt: Tensor, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
+        inputs = self._inputs(prompt, [example.source for example in batch])
+        read = self.model(**inputs, logits_to_keep=1, use_cache=True)
+        scores = []
+        for tokens in label_tokens:
+            label = torch.tensor(tokens, device=self.device).expand(len(batch), -1)  # (batch, tokens)
+            steps = torch.arange(1, len(tokens), device=self.device)
+            following = self.model(
+                input_ids=label[:, :-1],
+                attention_mask=pad(inputs["attention_mask"], (0, len(steps)), value=1),
+                position_ids=inputs["position_ids"][:, -1:] + steps,
+                past_key_values=copy.deepcopy(read.past_key_values),  # a forward pass appends to the cache it gets
+                use_cache=True,
+            )
+            logits = torch.cat([read.logits[:, -1:], following.logits], dim=1)
+            scores.append(_log_probability(logits, label))
+        return torch.stack(scores, dim=1)
+
+    def generate(self, prompt: Tensor, batch: Sequence[Example], max_new_tokens: int) -> list[str]:
+        inputs = self._inputs(prompt, [example.source for example in batch])
+        del inputs["position_ids"]  # generate derives the same ones from the mask, and continues them
+        return self._decode(
+            self.model.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=self.end_token
+            )
+        )
+
+    def _separator(self, options: TrainingOptions) -> list[int]:
+        tokens: list[int] = self.tokenizer(options.separator, add_special_tokens=False).input_ids
+        return tokens
+
+    def _inputs(self, prompt: Tensor, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """[padding][prompt][sequence] as embeddings, its mask, and positions that count from the prompt's first row."""
+        ids, lengths = self._padded(sequences, 0, "left")
+        rows = prompt.shape[-2]
+        first = ids.shape[1] - lengths  # place of the prompt's first row, (batch, 1)
+        embeds = self.model.get_input_embeddings()(pad(ids, (rows, 0)))  # (batch, rows + length, d)
+        row = torch.arange(len(sequences), device=self.device)[:, None]
+        column = first + torch.arange(rows, device=self.device)  # (batch, rows)
+        embeds[row, column] = prompt.to(embeds).expand(len(sequences), -1, -1)
+        places = torch.arange(embeds.shape[1], device=self.device)
+        return {
+            "inputs_embeds": embeds,
+            "attention_mask": (places >= first).long(),
+            "position_ids": (places - first).clamp(min=0),
+        }
+
+
+def _log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Summed log-probability of the tokens (batch, n) under logits (batch, n, vocabulary): (batch,)."""
+    return logits.float().log_softmax(dim=-1).gather(2, tokens[..., None]).sum(dim=(1, 2))
+
+
+def model_digest(path: Path) -> str:
+    """`sha256:...` of a local model directory: of the lines `sha256sum` prints for its config and weights files.
+
+    `cd PATH && sha256sum config.json model*.safetensors | sha256sum` gives the same digits. Where there are no
+    safetensors weights, `pytorch_model*.bin` are taken, as transformers does. Raises ModelError when one is missing.
+    """
+    weights = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    files = [path / "config.json", *weights]
+    if len(files) < 2 or not files[0].is_file():
+        raise ModelError(f"{path} is no model directory: it needs config.json and safetensors weights")
+    lines = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            lines.update(f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {file.name}\n".encode())
+    return f"sha256:{lines.hexdigest()}"

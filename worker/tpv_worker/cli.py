@@ -1,0 +1,46 @@
+"""`tpv worker`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def worker(
+    queues: Annotated[
+        str | None, typer.Option(help="Queues to take jobs from, separated by commas; none: all.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Attempts at a time; by default one.")] = None,
+    device: Annotated[str | None, typer.Option(help="What to train on: cpu (the default), cuda, cuda:1 ...")] = None,
+    name: Annotated[str | None, typer.Option(help="How this worker is shown; by default host:pid.")] = None,
+    model_directory: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, file_okay=False, help="Jobs may load models from below it; repeatable."),
+    ] = None,
+) -> None:
+    """Runs jobs until Ctrl-C. Where from and as whom: TPV_URL, TPV_TOKEN, TPV_QUEUE_URL."""
+    from pydantic import ValidationError  # imported here: `tpv --help` stays quick
+    from tpv.errors import TpvError
+
+    from tpv_worker.settings import Settings
+    from tpv_worker.worker import run_worker
+
+    given: dict[str, Any] = {
+        "queues": queues,
+        "concurrency": concurrency,
+        "device": device,
+        "name": name,
+        "model_directories": model_directory,
+    }
+    try:
+        settings = Settings(**{option: value for option, value in given.items() if value})
+    except ValidationError as error:
+        problems = (f"{'_'.join(('TPV', *map(str, e['loc']))).upper()}: {e['msg']}" for e in error.errors())
+        raise TpvError("; ".join(problems)) from error
+    asyncio.run(run_worker(settings))

@@ -1,0 +1,44 @@
+"""The faults of a job itself, each with the machine-readable reason that its `failed` state carries.
+
+Whatever is not one of these is a fault of the machine or of this program; trying again may help there, never here.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from tpv.errors import TpvError
+
+
+class JobError(TpvError):
+    """The job cannot succeed as it was asked for; `reason` is stable, the message says what to change."""
+
+    reason: ClassVar[str] = "internal"
+
+
+class DataError(JobError):
+    """The rows are missing, malformed, or do not fit the limits of the options."""
+
+    reason = "data"
+
+
+class OptionsError(JobError):
+    """The options do not fit the model or the data."""
+
+    reason = "options"
+
+
+class ModelError(JobError):
+    """The base model cannot be loaded, or is of a kind that takes no soft prompt here."""
+
+    reason = "model"
+
+
+class TrainingDiverged(JobError):
+    """The loss or the soft prompt became NaN or infinite; `step` is the first such step seen, counted from 1."""
+
+    reason = "nan-loss"
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"training diverged: the {what} is no finite number at step {step}; lower the learning rate")
+        self.step = step

@@ -1,0 +1,192 @@
+"""The worker process: takes jobs from the queue and gives each attempt a child process of its own.
+
+This process never imports torch. Its children are forked from a server process that has imported it once, so that an
+attempt starts in milliseconds, and whatever it does to itself takes nobody else along. That server never touches CUDA:
+a forked process could not use it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+
+import structlog
+from procrastinate import App, PsycopgConnector
+from procrastinate.connector import Notify
+from procrastinate.exceptions import ConnectorException
+from tpv import AsyncClient
+from tpv.errors import JobFinished, StaleAttempt, TpvError
+from tpv.schemas.jobs import AttemptStarted, FailureReport
+
+from tpv_worker.settings import Settings
+
+log = structlog.get_logger()
+
+TASK = "tpv.run_job"  #: the service defers it under this name
+QUEUE_SCHEMA = "procrastinate"
+HEARTBEAT = 5.0  #: seconds between two signs of life; without one for 30 s the service gives a worker up
+PATIENCE = 600.0  #: seconds to wait for a database that is away before starting over
+TRY_AGAIN = 75  #: exit status of an attempt that lost the service (EX_TEMPFAIL): not the job's fault
+
+# What is slow to import; the T5 module brings everything that transformers' other models use too.
+PRELOAD = [
+    "tpv_worker.attempt",
+    "transformers.models.t5.modeling_t5",
+    "transformers.models.llama.modeling_llama",
+]
+
+
+class ServiceLost(TpvError):
+    """The attempt could not report to the service; the service puts the job back into the queue."""
+
+
+async def run_worker(settings: Settings) -> None:
+    """Works until SIGTERM or SIGINT; a running attempt then has the grace time to end."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(PRELOAD)
+    token = settings.token.get_secret_value() if settings.token else None
+    async with AsyncClient(settings.url, token, retries=10) as client:
+        app = create_app(settings, client, processes)
+        if await _first(_warm_up(processes), stop.wait()):
+            return
+        log.info("worker is ready", name=settings.name, queues=settings.queues or "all", device=settings.device)
+        while not stop.is_set():
+            async with app.open_async():
+                await _take_jobs(app, settings, stop)
+
+
+async def _take_jobs(app: App, settings: Settings, stop: asyncio.Event) -> None:
+    """Runs Procrastinate's worker until `stop`, or until it has lost the database for good."""
+    working = asyncio.create_task(
+        app.run_worker_async(
+            queues=settings.queues,  # type: ignore[arg-type] # None, for every queue, is missing in their type
+            concurrency=settings.concurrency,
+            name=settings.name,
+            update_heartbeat_interval=HEARTBEAT,
+            shutdown_graceful_timeout=settings.grace.total_seconds(),
+            install_signal_handlers=False,
+        )
+    )
+    if await _first(asyncio.wait([working]), stop.wait()):
+        working.cancel()  # this asks it to end: it takes no further job, waits for the grace time, then cancels
+    try:
+        await working
+    except asyncio.CancelledError:
+        log.info("worker has stopped", name=settings.name)
+    except ConnectorException as error:
+        log.warning("the queue is lost; trying again", error=repr(error.__cause__ or error))
+        await _first(asyncio.sleep(1), stop.wait())
+
+
+def create_app(settings: Settings, client: AsyncClient, processes: ForkServerContext) -> App:
+    """The queue as a worker sees it, with the one task that it knows."""
+    app = App(
+        connector=_PatientConnector(
+            conninfo=settings.queue_url.get_secret_value(),
+            kwargs={"options": f"-c search_path={QUEUE_SCHEMA}"},
+            min_size=1,
+            max_size=settings.concurrency + 2,
+            timeout=PATIENCE,
+        )
+    )
+
+    @app.task(name=TASK)
+    async def run_job(job: str) -> None:
+        """One attempt at a job. Whatever comes of the job stands in its row; this ends well once that is settled."""
+        try:
+            started = await client.jobs.start_attempt(job, settings.name)
+        except JobFinished:
+            return
+        process = processes.Process(target=_attempt, args=(settings, started), daemon=True)
+        process.start()
+        try:
+            await _end_of(process)
+        finally:  # also when the job was cancelled, or the grace time is over
+            process.kill()
+        if process.exitcode == TRY_AGAIN:
+            raise ServiceLost(f"job {job} could not report to {client.url}")
+        if process.exitcode != 0:
+            await _report_death(client, started, process.exitcode or 0)
+
+    return app
+
+
+def _attempt(settings: Settings, started: AttemptStarted) -> None:
+    from tpv_worker.attempt import run_attempt  # preloaded where this runs
+
+    run_attempt(settings, started)
+
+
+async def _end_of(process: ForkServerProcess) -> None:
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(process.sentinel, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(process.sentinel)
+    process.join()
+
+
+async def _report_death(client: AsyncClient, started: AttemptStarted, status: int) -> None:
+    """Speaks for a child that died without a word."""
+    if status == -signal.SIGKILL:
+        failure = FailureReport(
+            reason="out-of-memory",
+            message="the training process was killed (SIGKILL); the system does this when memory runs out",
+        )
+    else:
+        how = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+        failure = FailureReport(reason="crashed", message=f"the training process ended {how}; see the worker's log")
+    log.warning("attempt died", job=str(started.job), attempt=started.number, message=failure.message)
+    with suppress(JobFinished, StaleAttempt):  # it had reported, or was given up
+        await client.jobs.fail(started.job, started.number, failure)
+
+
+# --- Processes and patience ------------------------------------------------------------------------------------------
+
+
+async def _warm_up(processes: ForkServerContext) -> None:
+    """Starts the server that attempts are forked from, and waits until it has imported everything."""
+    warm, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def start() -> None:
+        process = processes.Process(target=_nothing, daemon=True)
+        process.start()
+        process.join()
+        loop.call_soon_threadsafe(warm.set)
+
+    threading.Thread(target=start, daemon=True).start()  # a daemon: it holds nobody up who wants to stop
+    await warm.wait()
+
+
+def _nothing() -> None:
+    pass
+
+
+async def _first(one: object, other: object) -> bool:
+    """Waits for the first of two; whether it was the other."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in (one, other)]  # type: ignore[call-overload]
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    return tasks[1] in done
+
+
+class _PatientConnector(PsycopgConnector):
+    """Listens again when the database comes back; a worker would end, and its attempts with it, otherwise."""
+
+    async def listen_notify(self, on_notification: Notify, channels: Iterable[str]) -> None:
+        while True:
+            try:
+                await super().listen_notify(on_notification, channels)
+            except ConnectorException as error:
+                log.warning("the database does not answer", error=repr(error.__cause__ or error))
+                await asyncio.sleep(1)

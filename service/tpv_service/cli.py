@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 
 import typer
+
 from tpv.cli.options import Json
 from tpv.cli.output import Output
 from tpv.errors import TpvError

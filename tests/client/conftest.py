@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from hypothesis import settings
+
 from tpv import files
 
 settings.register_profile("steady", deadline=None)  # the first example may load a library, and the machine may be busy
@@ -117,15 +118,17 @@ class Wire:
 
     def evaluation(self, split: str = "test", value: float = 0.5, **members: Any) -> dict[str, Any]:
         return {
-            "id": self.id_of(f"{split} {value} {members}"), "dataset": "default/cr:1", "split": split, "metric": "accuracy",
-            "value": value, "seed": 0, "n": 4, "job": None, "predictions": None, "created_at": NOW, **members,
+            "id": self.id_of(f"{split} {value} {members}"), "dataset": "default/cr:1", "split": split,
+            "metric": "accuracy", "value": value, "seed": 0, "n": 4, "job": None, "predictions": None,
+            "created_at": NOW, **members,
         }  # fmt: skip
 
     def dataset(self, name: str = "cr", **splits: bytes) -> dict[str, Any]:
         described = [{"name": split, "rows": content.count(b"\n"), "fingerprint": files.digest(content),
                       "size": len(content)} for split, content in splits.items()]  # fmt: skip
         return {
-            "id": self.id_of(name), "namespace": "default", "name": name, "version": 1, "created": True, "label_words": None,
+            "id": self.id_of(name), "namespace": "default", "name": name, "version": 1, "created": True,
+            "label_words": None,
             "metric": "accuracy", "description": None, "splits": described, "fingerprint": "sha256:" + "0" * 64,
             "actor": "local", "created_at": NOW,
         }  # fmt: skip
@@ -133,10 +136,10 @@ class Wire:
     def job(self, state: str = "queued", name: str = "job", **members: Any) -> dict[str, Any]:
         spec = {"method": "prompt-tuning", "options": {}, "output": "mnli", "base_model": {"id": "t5-base"}}
         return {
-            "id": self.id_of(name), "method": "prompt-tuning", "state": state, "reason": None, "message": None, "spec": spec,
-            "output": "mnli", "needs": [], "queue": "default", "priority": 0, "progress": {}, "attempts": [],
-            "result": "default/mnli:1" if state == "succeeded" else None, "result_created": None, "metrics": {},
-            "actor": "local", "created_at": NOW, "started_at": None, "finished_at": None, **members,
+            "id": self.id_of(name), "method": "prompt-tuning", "state": state, "reason": None, "message": None,
+            "spec": spec, "output": "mnli", "needs": [], "queue": "default", "priority": 0, "progress": {},
+            "attempts": [], "result": "default/mnli:1" if state == "succeeded" else None, "result_created": None,
+            "metrics": {}, "actor": "local", "created_at": NOW, "started_at": None, "finished_at": None, **members,
         }  # fmt: skip
 
     @staticmethod

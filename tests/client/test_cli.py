@@ -262,8 +262,8 @@ def test_a_vector_is_registered(run: Run, registry: Any, wire: Any, tmp_path: Pa
     path.write_bytes(files.dump({"prompt": PROMPT}))
     registry.on("POST /vectors/default/mnli/versions", wire.version(), wire.version(created=False))
     metrics = '{"dataset": "d", "metric": "accuracy", "value": 0.5}'
-    shown = run("vector", "register", "mnli", path, "-i", "family", "--task", "nli", "--tag", "team=a", "--metrics", metrics,
-                "--hyperparameter", "lr=0.3", "--hyperparameter", "note=a b")  # fmt: skip
+    shown = run("vector", "register", "mnli", path, "-i", "family", "--task", "nli", "--tag", "team=a",
+                "--metrics", metrics, "--hyperparameter", "lr=0.3", "--hyperparameter", "note=a b")  # fmt: skip
     assert shown.out.startswith("registered mnli:1  sha256:")
     body = registry.requests[-1].content
     assert b'"tags":{"team":"a"}' in body
@@ -381,8 +381,9 @@ def test_a_group_shows_every_decision(run: Run, registry: Any, wire: Any) -> Non
         {"reference": "default/b:1", "rank": 1, "similarity": -1, "consistency_before": 0, "consistency_after": 2,
          "taken": False, "reason": "negative-similarity"},
     ]  # fmt: skip
-    answer = {"target": "default/t:1", "members": [{"reference": "default/a:1", "similarity": 3}], "target_similarity": 3,
-              "knowledge_consistency": 0, "objective": 3, "strategy": "greedy", "trace": trace, "pool": pool(wire)}  # fmt: skip
+    answer = {"target": "default/t:1", "members": [{"reference": "default/a:1", "similarity": 3}],
+              "target_similarity": 3, "knowledge_consistency": 0, "objective": 3, "strategy": "greedy",
+              "trace": trace, "pool": pool(wire)}  # fmt: skip
     registry.on("POST /groupings", answer)
     shown = run("group", "t", "a", "b", "--max-size", 2).out
     assert "negative-similarity" in shown

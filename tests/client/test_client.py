@@ -16,7 +16,7 @@ import pytest
 import tpv
 from tpv import AsyncClient, Client, TaskPromptVector, errors, files
 from tpv._base import Retries
-from tpv.schemas.jobs import EventReport, EvaluationReport, FailureReport, ResultReport
+from tpv.schemas.jobs import EvaluationReport, EventReport, FailureReport, ResultReport
 
 VECTOR = "/vectors/default/mnli/versions/newest"
 QUICK = Retries(times=3, first=0.0)
@@ -148,9 +148,8 @@ def test_a_service_that_asks_for_an_hour_is_not_waited_for(registry: Any, pauses
 def test_a_registration_keeps_its_idempotency_key_and_its_body_over_retries(
     client: Client, registry: Any, wire: Any
 ) -> None:
-    registry.on(
-        "POST /vectors/default/mnli/versions", httpx.Response(503), httpx.ReadError("reset"), httpx.Response(201, json=wire.version())
-    )  # fmt: skip
+    created = httpx.Response(201, json=wire.version())
+    registry.on("POST /vectors/default/mnli/versions", httpx.Response(503), httpx.ReadError("reset"), created)
     client.vectors.register("mnli", prompt=PROMPT, initialization="family")
     client.vectors.register("mnli", prompt=PROMPT, initialization="family")
     first, second, third, other = registry.requests
@@ -350,7 +349,8 @@ def test_a_version_is_loaded_and_verified(client: Client, registry: Any, wire: A
     registry.on("GET /vectors/default/mnli/versions/@best", wire.version(version=3, tensor=tensor))
     registry.on("GET /vectors/default/mnli/versions/3/content", wire.content(files.dump({"vector": tensor})))
     T = client.vectors.get("mnli@best").load()
-    assert T == TaskPromptVector(tensor, wire.initialization()["fingerprint"])
+    expected = TaskPromptVector(tensor, wire.initialization()["fingerprint"])
+    assert expected == T
 
 
 def test_a_download_appears_when_it_is_complete(client: Client, registry: Any, wire: Any, tmp_path: Path) -> None:

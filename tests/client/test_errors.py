@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from tpv.errors import PROBLEMS, Conflict, Invalid, NotFound, ProblemError, Unavailable, from_problem
 
 

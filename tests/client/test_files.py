@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors import numpy as safetensors
+
 from tpv import files
 from tpv.errors import InvalidTensor
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tpv.grouping import Grouping, group, knowledge_consistency
 
 small = st.integers(0, 9), st.integers(1, 5), st.integers(0, 2**32 - 1)
@@ -134,7 +135,7 @@ def test_a_group_worked_by_hand() -> None:
     t = np.array([1.0, 1.0])
     S = np.array([[3.0, 0.0], [0.0, 2.0], [2.0, 0.0], [-1.0, 0.0]])
     found = group(t, S)
-    # Ranked 0 (3), 1 (2), 2 (2), 3 (-1): 0 starts, 1 leaves KC at 0, 2 lifts it to (0 + 6 + 0) / 3, 3 is against the target.
+    # Ranked 0 (3), 1 (2), 2 (2), 3 (-1): 0 starts, 1 leaves KC at 0, 2 lifts it to (0 + 6 + 0) / 3, 3 is negative.
     assert found.members == (0, 1, 2)
     assert [d.reason for d in found.trace] == ["taken", "taken", "taken", "negative-similarity"]
     assert (found.target_similarity, found.knowledge_consistency) == (pytest.approx(7 / 3), pytest.approx(2))

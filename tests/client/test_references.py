@@ -5,6 +5,7 @@ import uuid
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tpv.errors import InvalidReference
 from tpv.references import Reference, check_alias, check_name
 
@@ -31,9 +32,10 @@ def test_each_form_of_a_reference_is_read(text: str, expected: Reference) -> Non
 @pytest.mark.parametrize(
     "text",
     [
-        "", "/", "Mnli", "-mnli", "a b", "a/b/c", "mnli:", "mnli:0", "mnli:01", "mnli:v1", "mnli:-1", "mnli@", "mnli@latest",
-        "mnli@newest", "mnli@v1", "mnli@12", "mnli:1@best", "mnli@best:1", "/mnli", "lab/", "../mnli", "mnli\n", "a" * 129,
-        "sha256:", "sha256:" + "A" * 64, "sha256:" + "a" * 63, "urn:0198c0de000070008000000000000000",
+        "", "/", "Mnli", "-mnli", "a b", "a/b/c", "mnli:", "mnli:0", "mnli:01", "mnli:v1", "mnli:-1", "mnli@",
+        "mnli@latest", "mnli@newest", "mnli@v1", "mnli@12", "mnli:1@best", "mnli@best:1", "/mnli",
+        "lab/", "../mnli", "mnli\n", "a" * 129, "sha256:", "sha256:" + "A" * 64, "sha256:" + "a" * 63,
+        "urn:0198c0de000070008000000000000000",
     ],
 )  # fmt: skip
 def test_what_is_no_reference_is_refused_with_a_reason(text: str) -> None:

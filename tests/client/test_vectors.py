@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from tpv import TaskPromptVector, files
 from tpv.errors import IncompatibleVectors, InvalidTensor
 from tpv.vectors import as_prompt

@@ -17,9 +17,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import tpv
 import transformers
 from torch import Tensor
+from transformers.utils.hub import cached_file
+from transformers.utils.logging import disable_progress_bar
+
+import tpv
 from tpv import Client, files
 from tpv.errors import ConnectionFailed, JobFinished, ProblemError, StaleAttempt, Unavailable
 from tpv.methods import InitializeOptions, TrainingOptions, options_of
@@ -35,9 +38,7 @@ from tpv.schemas.jobs import (
     ResultReport,
 )
 from tpv.vectors import Float32
-from transformers.utils.hub import cached_file
-
-from tpv_worker import initialization
+from tpv_worker import initialization, lab
 from tpv_worker.backbone import Backbone, model_digest
 from tpv_worker.data import Dataset, Row, few_shot, read_rows
 from tpv_worker.errors import JobError, ModelError
@@ -62,6 +63,7 @@ def run_attempt(settings: Settings, started: AttemptStarted) -> None:
     """Does the work and reports how it ended; exits with TRY_AGAIN when it cannot report."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the worker, which ends this process when it must
     threading.Thread(target=_end_with_worker, daemon=True).start()
+    disable_progress_bar()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     token = settings.token.get_secret_value() if settings.token else None
@@ -265,7 +267,11 @@ class Attempt:
 
     def provenance_of(self, result: TrainingResult) -> dict[str, Any]:
         """How the training went; for methods that group, who was in the group, and how much each vector counted."""
-        found: dict[str, Any] = {"best_step": result.best_step, "validations": result.validations}
+        found: dict[str, Any] = {
+            "stage": 1 if self.spec.target is None else 2,  # of Algorithm 1: the task's own tuning, then with sources
+            "best_step": result.best_step,
+            "validations": result.validations,
+        }
         if result.members is not None:
             found["group"] = self.names(result.members)
             found["group_history"] = [{"step": step, "members": self.names(group)} for step, group in result.groups]
@@ -283,7 +289,9 @@ class Attempt:
 
 
 def locate_model(model: BaseModelReference, allowed: Sequence[Path]) -> str:
-    """A directory that the operator allows, or a hub id; raises ModelError for any other directory."""
+    """The lab's own model, a directory that the operator allows, or a hub id; else raises ModelError."""
+    if model.id == lab.BASE_MODEL:
+        return str(lab.MODEL_DIRECTORY)
     path = Path(model.id)
     if not path.is_absolute():
         if path.exists():

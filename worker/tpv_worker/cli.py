@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from tpv_worker.lab import cli as lab
+
 app = typer.Typer()
+app.add_typer(lab.app, name="lab")
 
 
 @app.command()
@@ -26,8 +29,8 @@ def worker(
 ) -> None:
     """Runs jobs until Ctrl-C. Where from and as whom: TPV_URL, TPV_TOKEN, TPV_QUEUE_URL."""
     from pydantic import ValidationError  # imported here: `tpv --help` stays quick
-    from tpv.errors import TpvError
 
+    from tpv.errors import TpvError
     from tpv_worker.settings import Settings
     from tpv_worker.worker import run_worker
 

@@ -11,18 +11,19 @@ import asyncio
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
 
 import structlog
 from procrastinate import App, PsycopgConnector
 from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
+
 from tpv import AsyncClient
 from tpv.errors import JobFinished, StaleAttempt, TpvError
 from tpv.schemas.jobs import AttemptStarted, FailureReport
-
 from tpv_worker.settings import Settings
 
 log = structlog.get_logger()
@@ -55,7 +56,7 @@ async def run_worker(settings: Settings) -> None:
     token = settings.token.get_secret_value() if settings.token else None
     async with AsyncClient(settings.url, token, retries=10) as client:
         app = create_app(settings, client, processes)
-        if await _first(_warm_up(processes), stop.wait()):
+        if await _stopped_before(stop, _warm_up(processes)):
             return
         log.info("worker is ready", name=settings.name, queues=settings.queues or "all", device=settings.device)
         while not stop.is_set():
@@ -75,7 +76,7 @@ async def _take_jobs(app: App, settings: Settings, stop: asyncio.Event) -> None:
             install_signal_handlers=False,
         )
     )
-    if await _first(asyncio.wait([working]), stop.wait()):
+    if await _stopped_before(stop, asyncio.wait([working])):
         working.cancel()  # this asks it to end: it takes no further job, waits for the grace time, then cancels
     try:
         await working
@@ -83,7 +84,7 @@ async def _take_jobs(app: App, settings: Settings, stop: asyncio.Event) -> None:
         log.info("worker has stopped", name=settings.name)
     except ConnectorException as error:
         log.warning("the queue is lost; trying again", error=repr(error.__cause__ or error))
-        await _first(asyncio.sleep(1), stop.wait())
+        await _stopped_before(stop, asyncio.sleep(1))
 
 
 def create_app(settings: Settings, client: AsyncClient, processes: ForkServerContext) -> App:
@@ -171,13 +172,13 @@ def _nothing() -> None:
     pass
 
 
-async def _first(one: object, other: object) -> bool:
-    """Waits for the first of two; whether it was the other."""
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in (one, other)]  # type: ignore[call-overload]
-    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in pending:
-        task.cancel()
-    return tasks[1] in done
+async def _stopped_before(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
+    """Waits for the work to end or for `stop`; whether `stop` came first. Work that has not ended is cancelled."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+    working.cancel()
+    stopping.cancel()
+    return stop.is_set()
 
 
 class _PatientConnector(PsycopgConnector):

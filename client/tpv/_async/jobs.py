@@ -11,9 +11,10 @@ from uuid import UUID
 
 from pydantic import PrivateAttr
 
-from tpv import _base, errors
+from tpv import _base, _content, _paths, errors
 from tpv._async.http import AsyncHttp
-from tpv._base import Call, DatasetLike, InitializationLike, VectorLike
+from tpv._base import Call
+from tpv._paths import DatasetLike, InitializationLike, VectorLike
 from tpv.schemas import jobs as wire
 from tpv.schemas.initializations import BaseModelReference
 
@@ -134,8 +135,8 @@ class AsyncJobs:
             _base.message(
                 wire.JobCreate,
                 method=method,
-                dataset=_base.reference_of(dataset),
-                initialization=_base.reference_of(initialization),
+                dataset=_paths.reference_of(dataset),
+                initialization=_paths.reference_of(initialization),
                 output=output,
                 seed=seed,
                 options=options,
@@ -170,7 +171,7 @@ class AsyncJobs:
         """
         members = _base.given(
             target_options=target_options,
-            initialization=None if initialization is None else _base.reference_of(initialization),
+            initialization=None if initialization is None else _paths.reference_of(initialization),
             shots=shots,
             shot_seed=shot_seed,
             task_type=task_type,
@@ -183,9 +184,9 @@ class AsyncJobs:
             _base.message(
                 wire.JobCreate,
                 method=method,
-                target=_base.reference_of(target),
-                sources=[_base.reference_of(source) for source in sources],
-                dataset=_base.reference_of(dataset),
+                target=_paths.reference_of(target),
+                sources=[_paths.reference_of(source) for source in sources],
+                dataset=_paths.reference_of(dataset),
                 output=output,
                 seed=seed,
                 options=options,
@@ -197,7 +198,7 @@ class AsyncJobs:
 
     async def get(self, job: JobLike) -> AsyncJob:
         """One job, by id."""
-        return self._bind(await self._http.get(AsyncJob, f"/jobs/{_base.job_id(job)}"))
+        return self._bind(await self._http.get(AsyncJob, f"/jobs/{_paths.job_id(job)}"))
 
     async def events(
         self, job: JobLike, after: int = 0, wait: float = 0, *, limit: int | None = None
@@ -205,7 +206,7 @@ class AsyncJobs:
         """One page of the events after `after`; waits up to `wait` seconds (at most 25) for the first of them."""
         call = Call(
             method="GET",
-            path=f"/jobs/{_base.job_id(job)}/events",
+            path=f"/jobs/{_paths.job_id(job)}/events",
             params={"after": after, "wait": wait or None, "limit": limit},
             read_timeout=wait + 30.0 if wait else None,
             retries=_base.LONG_WAIT,
@@ -214,7 +215,7 @@ class AsyncJobs:
 
     async def cancel(self, job: JobLike) -> AsyncJob:
         """Asks for a job to stop."""
-        call = Call(method="POST", path=f"/jobs/{_base.job_id(job)}/cancel", idempotent=True)
+        call = Call(method="POST", path=f"/jobs/{_paths.job_id(job)}/cancel", idempotent=True)
         return self._bind(await self._http.ask(AsyncJob, call))
 
     async def wait_all(
@@ -232,7 +233,11 @@ class AsyncJobs:
         after = {job.id: 0 for job in jobs}
         going = list(jobs)
         with contextlib.ExitStack() as stack:
-            bars = stack.enter_context(_base.following(jobs)) if progress else None
+            bars = None
+            if progress:
+                from tpv.progress import following  # rich is loaded only when something is shown
+
+                bars = stack.enter_context(following(jobs))
             while going:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
@@ -277,7 +282,7 @@ class AsyncJobs:
         """Begins an attempt at a job; reports of earlier ones are refused from now on (StaleAttempt)."""
         message = wire.AttemptStart(worker=worker)
         return await self._http.post(
-            wire.AttemptStarted, f"/jobs/{_base.job_id(job)}/attempts", message, idempotent=True
+            wire.AttemptStarted, f"/jobs/{_paths.job_id(job)}/attempts", message, idempotent=True
         )
 
     async def report_events(self, job: JobLike, attempt: int, events: Sequence[wire.EventReport]) -> None:
@@ -293,7 +298,7 @@ class AsyncJobs:
 
     async def staged(self, job: JobLike, attempt: int, digest: str) -> bytes:
         """The content of a staged file, verified."""
-        return await self._http.download(_attempt(job, attempt, f"staged/{digest}"), _base.Sink(), expected=digest)
+        return await self._http.download(_attempt(job, attempt, f"staged/{digest}"), _content.Sink(), expected=digest)
 
     async def complete(self, job: JobLike, attempt: int, result: wire.ResultReport) -> AsyncJob:
         """Commits the result: version, evaluations, lineage and `succeeded` appear together."""
@@ -311,4 +316,4 @@ class AsyncJobs:
 
 
 def _attempt(job: JobLike, attempt: int, what: str) -> str:
-    return f"/jobs/{_base.job_id(job)}/attempts/{attempt}/{what}"
+    return f"/jobs/{_paths.job_id(job)}/attempts/{attempt}/{what}"

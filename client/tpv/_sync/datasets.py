@@ -11,9 +11,10 @@ from collections.abc import Iterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from tpv import _base, errors
+from tpv import _base, _content, _paths, errors
 from tpv._sync.http import Http
-from tpv._base import Call, DatasetLike
+from tpv._base import Call
+from tpv._paths import DatasetLike
 from tpv.schemas.datasets import Dataset, DatasetCreate
 
 Rows = str | Path | Iterable[Mapping[str, Any]]  #: a JSON Lines file, or rows with `source` and `target`
@@ -38,23 +39,23 @@ class Datasets:
         progress: bool = False,
     ) -> Dataset:
         """Uploads the splits as the next version of `name`; the same content gives back the version that has it."""
-        reference = _base.bare(name, "data set")
+        reference = _paths.bare(name, "data set")
         members = _base.given(label_words=label_words, metric=metric, description=description)
         metadata = _base.message(DatasetCreate, **members)
         splits = _base.given(train=train, validation=validation, test=test)
         with contextlib.ExitStack() as stack:
             opened: dict[str, IO[bytes]] = {}
             for split, rows in splits.items():
-                source = rows if isinstance(rows, str | Path) else _base.jsonl(rows)
-                opened[split] = stack.enter_context(_base.open_upload(source))
-            total = sum(map(_base.size_of, opened.values()))
-            advance = stack.enter_context(_base.transfer(f"uploading {name}", total, progress))
+                source = rows if isinstance(rows, str | Path) else _content.jsonl(rows)
+                opened[split] = stack.enter_context(_content.open_upload(source))
+            total = sum(map(_content.size_of, opened.values()))
+            advance = stack.enter_context(_content.transfer(f"uploading {name}", total, progress))
             call = Call(
                 method="POST",
                 path=f"/datasets/{reference.path}/versions",
                 form={"metadata": metadata.model_dump_json(exclude_unset=True)},
                 parts={
-                    split: (f"{split}.jsonl", _base.Upload(file, advance), "application/jsonl")
+                    split: (f"{split}.jsonl", _content.Upload(file, advance), "application/jsonl")
                     for split, file in opened.items()
                 },
                 headers=_base.new_key(),
@@ -63,27 +64,29 @@ class Datasets:
 
     def get(self, ref: DatasetLike) -> Dataset:
         """One version of a data set: `name:2`, or the newest for `name` alone."""
-        return self._http.get(Dataset, _base.dataset_path(ref))
+        return self._http.get(Dataset, _paths.dataset_path(ref))
 
     def download(self, ref: DatasetLike, split: str, path: str | Path, *, progress: bool = False) -> Path:
         """Saves the JSON Lines file of a split; it appears under its name when it is complete and verified."""
         dataset = ref if isinstance(ref, Dataset) else self.get(ref)
         found = _split(dataset, split)
-        with _base.transfer(f"downloading {dataset.reference} {split}", found.size, progress) as advance:
-            sink = _base.Sink(path, advance)
-            self._http.download(f"{_base.dataset_path(dataset)}/splits/{split}", sink, expected=found.fingerprint)
+        with _content.transfer(f"downloading {dataset.reference} {split}", found.size, progress) as advance:
+            sink = _content.Sink(path, advance)
+            self._http.download(
+                f"{_paths.dataset_path(dataset)}/splits/{split}", sink, expected=found.fingerprint
+            )
         return Path(path)
 
     def rows(self, ref: DatasetLike, split: str) -> builtins.list[dict[str, Any]]:
         """The rows of a split, verified: `{"source": ..., "target": ...}`."""
         dataset = ref if isinstance(ref, Dataset) else self.get(ref)
-        path = f"{_base.dataset_path(dataset)}/splits/{split}"
+        path = f"{_paths.dataset_path(dataset)}/splits/{split}"
         expected = _split(dataset, split).fingerprint
-        return _base.rows_of(self._http.download(path, _base.Sink(), expected=expected))
+        return _content.rows_of(self._http.download(path, _content.Sink(), expected=expected))
 
     def versions(self, name: str, *, page_size: int | None = None) -> Iterator[Dataset]:
         """The versions of a data set, fetched a page at a time."""
-        path = f"/datasets/{_base.bare(name, 'data set').path}/versions"
+        path = f"/datasets/{_paths.bare(name, 'data set').path}/versions"
         return self._http.pages(Dataset, path, {"limit": page_size})
 
     def list(self, *, namespace: str | None = None, page_size: int | None = None) -> Iterator[Dataset]:

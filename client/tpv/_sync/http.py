@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel
 
-from tpv import _base, errors
+from tpv import _base, _content, errors
 from tpv._base import Call, Model
 from tpv.schemas.base import Page
 
@@ -27,6 +27,7 @@ class Http:
             headers=settings.headers,
             timeout=settings.timeout,
             transport=transport,
+            verify=_base.ssl_context() if transport is None else True,
             follow_redirects=True,  # content may be served by the blob store itself; httpx keeps our token from it
         )
 
@@ -81,7 +82,7 @@ class Http:
             if cursor is None:
                 return
 
-    def download(self, path: str, sink: _base.Sink, *, expected: str | None = None) -> bytes:
+    def download(self, path: str, sink: _content.Sink, *, expected: str | None = None) -> bytes:
         """Streams content into a sink and verifies it against the expected digest, else against the ETag.
 
         A transfer that breaks off starts again. Gives the content when the sink is in memory.
@@ -97,7 +98,7 @@ class Http:
                         sink.write(chunk)
                     # An S3 server that we are redirected to has ETags of its own kind.
                     first = response.history[0] if response.history else response
-                    return sink.finish(expected or _base.digest_of(first.headers.get("ETag")), path)
+                    return sink.finish(expected or _content.digest_of(first.headers.get("ETag")), path)
                 except httpx.TransportError as error:
                     pause = call.pause(tried, error, self.settings)
                     if pause is None:

@@ -11,10 +11,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tpv import _base, files
+from tpv import _base, _content, _paths, files
 from tpv._sync.http import Http
 from tpv._sync.jobs import Jobs
-from tpv._base import Call, InitializationLike
+from tpv._base import Call
+from tpv._paths import InitializationLike
 from tpv.schemas.initializations import (
     BaseModel,
     BaseModelFacts,
@@ -55,15 +56,15 @@ class Initializations:
                 name, base_model=base_model, revision=revision, unpinned=unpinned, seed=seed, **options
             )
             job.wait(timeout, progress=progress)
-            namespace, _ = _base.split_output(name, "initialization")
+            namespace, _ = _paths.split_output(name, "initialization")
             result = job.result or ""  # an id, or namespace/name
             found = self.get(result if "/" in result else f"{namespace}/{result}")
             return found.model_copy(update={"created": bool(job.result_created)})
         if options or seed:
             names = ", ".join([*options, *(["seed"] if seed else [])])
             raise TypeError(f"an uploaded tensor was drawn already; leave out: {names}")
-        prompt = as_prompt(_base.as_array(tensor), "initialization")
-        namespace, short = _base.split_output(name, "initialization")
+        prompt = as_prompt(_content.as_array(tensor), "initialization")
+        namespace, short = _paths.split_output(name, "initialization")
         members = _base.given(name=short, namespace=namespace, base_model_facts=base_model_facts)
         metadata = _base.message(
             InitializationCreate,
@@ -72,27 +73,27 @@ class Initializations:
             **members,
         )
         content = files.dump({"prompt": prompt})
-        with _base.transfer(f"uploading {name or 'initialization'}", len(content), progress) as advance:
-            upload = _base.Upload(_base.open_upload(content), advance)
+        with _content.transfer(f"uploading {name or 'initialization'}", len(content), progress) as advance:
+            upload = _content.Upload(_content.open_upload(content), advance)
             call = Call(
                 method="POST",
                 path="/initializations",
                 form={"metadata": metadata.model_dump_json(exclude_unset=True)},
-                parts={"file": ("prompt.safetensors", upload, _base.SAFETENSORS)},
+                parts={"file": ("prompt.safetensors", upload, _content.SAFETENSORS)},
                 headers=_base.new_key(),
             )
             return self._http.ask(Initialization, call)
 
     def get(self, ref: InitializationLike) -> Initialization:
         """One initialization, by name, id or fingerprint."""
-        return self._http.get(Initialization, _base.initialization_path(ref))
+        return self._http.get(Initialization, _paths.initialization_path(ref))
 
     def load(self, ref: InitializationLike) -> Float32:
         """The soft prompt P_init, float32 (r, d), verified against its fingerprint."""
         found = ref if isinstance(ref, Initialization) else self.get(ref)
-        path = _base.initialization_path(found) + "/content"
-        content = self._http.download(path, _base.Sink(), expected=found.digest)
-        return _base.tensor_of(content, "prompt", found.fingerprint)
+        path = _paths.initialization_path(found) + "/content"
+        content = self._http.download(path, _content.Sink(), expected=found.digest)
+        return _content.tensor_of(content, "prompt", found.fingerprint)
 
     def base_models(self) -> builtins.list[BaseModel]:
         """The base models that initializations belong to."""

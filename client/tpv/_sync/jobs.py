@@ -13,9 +13,10 @@ from uuid import UUID
 
 from pydantic import PrivateAttr
 
-from tpv import _base, errors
+from tpv import _base, _content, _paths, errors
 from tpv._sync.http import Http
-from tpv._base import Call, DatasetLike, InitializationLike, VectorLike
+from tpv._base import Call
+from tpv._paths import DatasetLike, InitializationLike, VectorLike
 from tpv.schemas import jobs as wire
 from tpv.schemas.initializations import BaseModelReference
 
@@ -136,8 +137,8 @@ class Jobs:
             _base.message(
                 wire.JobCreate,
                 method=method,
-                dataset=_base.reference_of(dataset),
-                initialization=_base.reference_of(initialization),
+                dataset=_paths.reference_of(dataset),
+                initialization=_paths.reference_of(initialization),
                 output=output,
                 seed=seed,
                 options=options,
@@ -172,7 +173,7 @@ class Jobs:
         """
         members = _base.given(
             target_options=target_options,
-            initialization=None if initialization is None else _base.reference_of(initialization),
+            initialization=None if initialization is None else _paths.reference_of(initialization),
             shots=shots,
             shot_seed=shot_seed,
             task_type=task_type,
@@ -185,9 +186,9 @@ class Jobs:
             _base.message(
                 wire.JobCreate,
                 method=method,
-                target=_base.reference_of(target),
-                sources=[_base.reference_of(source) for source in sources],
-                dataset=_base.reference_of(dataset),
+                target=_paths.reference_of(target),
+                sources=[_paths.reference_of(source) for source in sources],
+                dataset=_paths.reference_of(dataset),
                 output=output,
                 seed=seed,
                 options=options,
@@ -199,7 +200,7 @@ class Jobs:
 
     def get(self, job: JobLike) -> Job:
         """One job, by id."""
-        return self._bind(self._http.get(Job, f"/jobs/{_base.job_id(job)}"))
+        return self._bind(self._http.get(Job, f"/jobs/{_paths.job_id(job)}"))
 
     def events(
         self, job: JobLike, after: int = 0, wait: float = 0, *, limit: int | None = None
@@ -207,7 +208,7 @@ class Jobs:
         """One page of the events after `after`; waits up to `wait` seconds (at most 25) for the first of them."""
         call = Call(
             method="GET",
-            path=f"/jobs/{_base.job_id(job)}/events",
+            path=f"/jobs/{_paths.job_id(job)}/events",
             params={"after": after, "wait": wait or None, "limit": limit},
             read_timeout=wait + 30.0 if wait else None,
             retries=_base.LONG_WAIT,
@@ -216,7 +217,7 @@ class Jobs:
 
     def cancel(self, job: JobLike) -> Job:
         """Asks for a job to stop."""
-        call = Call(method="POST", path=f"/jobs/{_base.job_id(job)}/cancel", idempotent=True)
+        call = Call(method="POST", path=f"/jobs/{_paths.job_id(job)}/cancel", idempotent=True)
         return self._bind(self._http.ask(Job, call))
 
     def wait_all(
@@ -234,7 +235,11 @@ class Jobs:
         after = {job.id: 0 for job in jobs}
         going = list(jobs)
         with contextlib.ExitStack() as stack:
-            bars = stack.enter_context(_base.following(jobs)) if progress else None
+            bars = None
+            if progress:
+                from tpv.progress import following  # rich is loaded only when something is shown
+
+                bars = stack.enter_context(following(jobs))
             while going:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
@@ -279,7 +284,7 @@ class Jobs:
         """Begins an attempt at a job; reports of earlier ones are refused from now on (StaleAttempt)."""
         message = wire.AttemptStart(worker=worker)
         return self._http.post(
-            wire.AttemptStarted, f"/jobs/{_base.job_id(job)}/attempts", message, idempotent=True
+            wire.AttemptStarted, f"/jobs/{_paths.job_id(job)}/attempts", message, idempotent=True
         )
 
     def report_events(self, job: JobLike, attempt: int, events: Sequence[wire.EventReport]) -> None:
@@ -295,7 +300,7 @@ class Jobs:
 
     def staged(self, job: JobLike, attempt: int, digest: str) -> bytes:
         """The content of a staged file, verified."""
-        return self._http.download(_attempt(job, attempt, f"staged/{digest}"), _base.Sink(), expected=digest)
+        return self._http.download(_attempt(job, attempt, f"staged/{digest}"), _content.Sink(), expected=digest)
 
     def complete(self, job: JobLike, attempt: int, result: wire.ResultReport) -> Job:
         """Commits the result: version, evaluations, lineage and `succeeded` appear together."""
@@ -313,4 +318,4 @@ class Jobs:
 
 
 def _attempt(job: JobLike, attempt: int, what: str) -> str:
-    return f"/jobs/{_base.job_id(job)}/attempts/{attempt}/{what}"
+    return f"/jobs/{_paths.job_id(job)}/attempts/{attempt}/{what}"

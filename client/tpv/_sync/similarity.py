@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tpv import _base
+from tpv import _base, _paths
 from tpv._sync.http import Http
-from tpv._base import VectorLike
+from tpv._paths import VectorLike
 from tpv.schemas.similarity import (
     GroupingAnswer,
     GroupingRequest,
@@ -45,12 +45,12 @@ class Similarity:
         """The k vectors most similar to the query, best first; the query itself and its own task are left out."""
         pool = _pool(candidates, task=task, task_type=task_type, namespace=namespace)
         members = _base.given(candidates=pool, metric=metric, allow_same_task=allow_same_task)
-        request = _base.message(SearchRequest, query=_base.reference_of(query), k=k, **members)
+        request = _base.message(SearchRequest, query=_paths.reference_of(query), k=k, **members)
         return self._http.post(SearchAnswer, "/similarity/search", request, idempotent=True)
 
     def matrix(self, references: Iterable[VectorLike], *, metric: str | None = None) -> MatrixAnswer:
         """All similarities between these vectors: `matrix[i][j]` compares references i and j."""
-        members = _base.given(references=[_base.reference_of(ref) for ref in references], metric=metric)
+        members = _base.given(references=[_paths.reference_of(ref) for ref in references], metric=metric)
         request = _base.message(MatrixRequest, **members)
         return self._http.post(MatrixAnswer, "/similarity/matrix", request, idempotent=True)
 
@@ -82,13 +82,13 @@ class Groupings:
             min_similarity=min_similarity,
             allow_same_task=allow_same_task,
         )
-        request = _base.message(GroupingRequest, target=_base.reference_of(target), **members)
+        request = _base.message(GroupingRequest, target=_paths.reference_of(target), **members)
         return self._http.post(GroupingAnswer, "/groupings", request, idempotent=True)
 
 
 def _pool(candidates: Candidates, **filters: Any) -> Pool | None:
     if isinstance(candidates, Pool):
         return candidates
-    references = None if candidates is None else [_base.reference_of(ref) for ref in candidates]
+    references = None if candidates is None else [_paths.reference_of(ref) for ref in candidates]
     members = _base.given(references=references, **filters)
     return _base.message(Pool, **members) if members else None

@@ -14,9 +14,10 @@ from uuid import UUID
 from numpy.typing import NDArray
 from pydantic import PrivateAttr
 
-from tpv import _base, errors, files
+from tpv import _base, _content, _paths, errors, files
 from tpv._sync.http import Http
-from tpv._base import UNSET, Call, InitializationLike, Unset, VectorLike
+from tpv._base import UNSET, Call, Unset
+from tpv._paths import InitializationLike, VectorLike
 from tpv.schemas.vectors import (
     Alias,
     AliasChange,
@@ -39,15 +40,19 @@ class VectorVersion(Version):
 
     def load(self) -> TaskPromptVector:
         """The vector T (r, d), verified against its fingerprint."""
-        content = self._http.download(f"{_base.vector_path(self)}/content", _base.Sink(), expected=self.digest)
-        return TaskPromptVector(_base.tensor_of(content, "vector", self.fingerprint), self.initialization.fingerprint)
+        content = self._http.download(
+            f"{_paths.vector_path(self)}/content", _content.Sink(), expected=self.digest
+        )
+        return TaskPromptVector(
+            _content.tensor_of(content, "vector", self.fingerprint), self.initialization.fingerprint
+        )
 
     def download(self, path: str | Path, *, progress: bool = False) -> Path:
         """Saves the stored safetensors file; it appears under its name when it is complete and verified."""
         target = Path(path)
-        with _base.transfer(f"downloading {self.reference}", self.size, progress) as advance:
-            sink = _base.Sink(target, advance)
-            self._http.download(f"{_base.vector_path(self)}/content", sink, expected=self.digest)
+        with _content.transfer(f"downloading {self.reference}", self.size, progress) as advance:
+            sink = _content.Sink(target, advance)
+            self._http.download(f"{_paths.vector_path(self)}/content", sink, expected=self.digest)
         return target
 
 
@@ -85,17 +90,17 @@ class Vectors:
         """
         if sum(given is not None for given in (prompt, vector, file)) != 1:
             raise TypeError("give exactly one of prompt=, vector= and file=")
-        reference = _base.bare(name, "vector")
+        reference = _paths.bare(name, "vector")
         fingerprint = None
         source: bytes | str | Path
         if file is not None:
             source = file
         elif prompt is not None:
-            source = files.dump({"prompt": as_prompt(_base.as_array(prompt), "prompt")})
+            source = files.dump({"prompt": as_prompt(_content.as_array(prompt), "prompt")})
         else:
             if isinstance(vector, TaskPromptVector):
                 initialization, vector = initialization or vector.initialization, vector.tensor
-            tensor = as_prompt(_base.as_array(vector), "vector")
+            tensor = as_prompt(_content.as_array(vector), "vector")
             source, fingerprint = files.dump({"vector": tensor}), files.fingerprint(tensor)
         if initialization is None:
             raise TypeError("name the initialization that the prompt was tuned from: initialization=")
@@ -112,31 +117,31 @@ class Vectors:
             provenance=provenance,
             parents=parents,
         )
-        metadata = _base.message(VersionCreate, initialization=_base.reference_of(initialization), **members)
+        metadata = _base.message(VersionCreate, initialization=_paths.reference_of(initialization), **members)
         with (
-            _base.open_upload(source) as upload,
-            _base.transfer(f"uploading {name}", _base.size_of(upload), progress) as advance,
+            _content.open_upload(source) as upload,
+            _content.transfer(f"uploading {name}", _content.size_of(upload), progress) as advance,
         ):
             call = Call(
                 method="POST",
                 path=f"/vectors/{reference.path}/versions",
                 form={"metadata": metadata.model_dump_json(exclude_unset=True)},
-                parts={"file": ("vector.safetensors", _base.Upload(upload, advance), _base.SAFETENSORS)},
+                parts={"file": ("vector.safetensors", _content.Upload(upload, advance), _content.SAFETENSORS)},
                 headers=_base.new_key(),
             )
             return self._bind(self._http.ask(VectorVersion, call))
 
     def get(self, ref: VectorLike) -> VectorVersion:
         """One version: `name:3`, `name@alias`, or the newest that is not deleted for `name` alone."""
-        return self._bind(self._http.get(VectorVersion, _base.vector_path(ref)))
+        return self._bind(self._http.get(VectorVersion, _paths.vector_path(ref)))
 
     def describe(self, name: str) -> Vector:
         """What the versions of a vector share: tasks, description, tags, aliases."""
-        return self._http.get(Vector, f"/vectors/{_base.bare(name, 'vector').path}")
+        return self._http.get(Vector, f"/vectors/{_paths.bare(name, 'vector').path}")
 
     def evaluations(self, ref: VectorLike) -> builtins.list[Evaluation]:
         """The figures measured on a version."""
-        path = f"{_base.vector_path(ref)}/evaluations"
+        path = f"{_paths.vector_path(ref)}/evaluations"
         return _base.decode_list(Evaluation, self._http.send(Call(method="GET", path=path)))
 
     def predictions(self, evaluation: Evaluation | UUID | str) -> builtins.list[dict[str, Any]]:
@@ -144,8 +149,8 @@ class Vectors:
         number, expected = evaluation, None
         if isinstance(evaluation, Evaluation):
             number, expected = evaluation.id, evaluation.predictions
-        content = self._http.download(f"/evaluations/{number}/predictions", _base.Sink(), expected=expected)
-        return _base.rows_of(content)
+        content = self._http.download(f"/evaluations/{number}/predictions", _content.Sink(), expected=expected)
+        return _content.rows_of(content)
 
     def update(
         self,
@@ -158,7 +163,7 @@ class Vectors:
         """Changes what is given, and only that; `tags` replaces all tags."""
         members = {"description": description, "task_type": task_type, "tags": tags}
         changes = _base.message(VectorUpdate, **{key: value for key, value in members.items() if value is not UNSET})
-        path = f"/vectors/{_base.bare(name, 'vector').path}"
+        path = f"/vectors/{_paths.bare(name, 'vector').path}"
         return self._http.ask(Vector, Call(method="PATCH", path=path, message=changes, idempotent=True))
 
     def delete(self, ref: VectorLike, *, force: bool = False) -> None:
@@ -193,7 +198,7 @@ class Vectors:
 
     def versions(self, name: str, *, page_size: int | None = None) -> Iterator[VectorVersion]:
         """The versions of a vector, fetched a page at a time."""
-        path = f"/vectors/{_base.bare(name, 'vector').path}/versions"
+        path = f"/vectors/{_paths.bare(name, 'vector').path}/versions"
         for version in self._http.pages(VectorVersion, path, {"limit": page_size}):
             yield self._bind(version)
 
@@ -227,12 +232,12 @@ class Vectors:
 
 def _whole_or_version(ref: VectorLike) -> str:
     """The path of a version when one is named, else that of the whole vector."""
-    reference = _base.named(_base.reference_of(ref), "vector")
-    return _base.vector_path(ref) if reference.selector else f"/vectors/{reference.path}"
+    reference = _paths.named(_paths.reference_of(ref), "vector")
+    return _paths.vector_path(ref) if reference.selector else f"/vectors/{reference.path}"
 
 
 def _alias_path(name: str, alias: str) -> str:
-    reference = _base.named(f"{name}@{alias}", "vector")
+    reference = _paths.named(f"{name}@{alias}", "vector")
     if reference.alias != alias:
         raise errors.InvalidReference(f"{name!r}: name the vector alone")
     return f"/vectors/{reference.path}/aliases/{alias}"

@@ -87,9 +87,10 @@ def list_(
                 limit,
             )
         )
+    columns = ["name", "version", "task", "type", "aliases", "tags", "base model", "created"]
     Output(as_json).table(
         found,
-        ["name", "version", "task", "type", "aliases", "tags", "base model", "created", *["deleted"][: int(deleted)]],
+        [*columns, "deleted"] if deleted else columns,
         ([plain(f"{v.namespace}/{v.name}"), v.newest_version, v.tasks, v.task_type,
           [f"{alias}->{version}" for alias, version in v.aliases.items()], v.tags, v.base_models, v.created_at,
           *([v.deleted_at] if deleted else [])] for v in found),

@@ -22,10 +22,12 @@ class BaseModelReference(Request):
 class BaseModelFacts(Request):
     """What was read off the model itself, by a worker or by the uploader."""
 
-    digest: str | None = Field(None, description="sha256 of weights and config; none: the model stays `unverified`.")
+    digest: str | None = Field(
+        default=None, description="sha256 of weights and config; none: the model stays `unverified`."
+    )
     embedding_digest: str | None = None
     architecture: str | None = None
-    token_dim: int | None = Field(None, ge=1)
+    token_dim: int | None = Field(default=None, ge=1)
 
 
 class BaseModel(Answer):

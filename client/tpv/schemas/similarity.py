@@ -16,7 +16,7 @@ class Pool(Request):
     With `references`, exactly those; else every vector of the initialization that passes the filter.
     """
 
-    references: list[str] | None = Field(None, min_length=1, max_length=10_000)
+    references: list[str] | None = Field(default=None, min_length=1, max_length=10_000)
     task: str | None = None
     task_type: str | None = None
     namespace: str | None = None

@@ -58,6 +58,7 @@ _DECIDED_HERE = tuple(
         "TOKEN",
         "URL",
         "QUEUE_URL",
+        "GRACE",
     )
 )
 
@@ -92,7 +93,7 @@ def up(data_dir: Path, *, host: str, port: int, workers: int, model_directories:
             "AUTHENTICATION": "false",
         }
         api = _Child("api", ["tpv_service.server", str(listener.fileno())], api_settings, group, [listener.fileno()])
-        worker_settings = {"URL": url, "QUEUE_URL": postgres.url}
+        worker_settings = {"URL": url, "QUEUE_URL": postgres.url, "GRACE": "PT3S"}  # less than _PATIENCE
         if model_directories:
             worker_settings["MODEL_DIRECTORIES"] = os.pathsep.join(str(path.resolve()) for path in model_directories)
         fleet = [_Child(f"worker-{n}", ["tpv_worker"], worker_settings, group) for n in range(1, workers + 1)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
-from tpv.errors import JobFinished
 
+from tpv.errors import JobFinished
 from tpv_service.jobs import queries
 from tpv_service.jobs.lifecycle import end_attempt, finish, has_ended
 from tpv_service.jobs.tables import JobRow

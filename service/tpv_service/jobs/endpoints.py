@@ -9,6 +9,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
+
 from tpv.errors import NotFound
 from tpv.references import Reference
 from tpv.schemas.base import Page
@@ -24,7 +25,6 @@ from tpv.schemas.jobs import (
     Staged,
     State,
 )
-
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.content import content_response
 from tpv_service.db import Session

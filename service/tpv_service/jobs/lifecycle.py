@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from sqlalchemy.ext.asyncio import AsyncSession
-from tpv.schemas.jobs import FINISHED, JobSpec, Reason, ResolvedVector, State
 
+from tpv.schemas.jobs import FINISHED, JobSpec, Reason, ResolvedVector, State
 from tpv_service.jobs import queries
 from tpv_service.jobs.tables import EventRow, JobRow
 from tpv_service.queue import Queue

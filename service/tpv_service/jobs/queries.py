@@ -10,9 +10,9 @@ from uuid import UUID
 from sqlalchemy import Select, exists, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import joinedload, selectinload
+
 from tpv.errors import NotFound
 from tpv.schemas.jobs import FINISHED, Event, EventPage
-
 from tpv_service.jobs.tables import AttemptRow, EventRow, JobRow, NeedRow, StagedRow
 from tpv_service.registry.tables import VersionRow
 

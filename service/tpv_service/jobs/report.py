@@ -14,6 +14,7 @@ from uuid import UUID
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.concurrency import run_in_threadpool
+
 from tpv import files
 from tpv.errors import Conflict, Invalid, InvalidTensor, JobFinished, StaleAttempt
 from tpv.methods import METHODS
@@ -30,7 +31,6 @@ from tpv.schemas.jobs import (
 )
 from tpv.schemas.vectors import EvaluationCreate, Parent, VersionCreate
 from tpv.vectors import Float32, as_prompt
-
 from tpv_service.jobs import queries
 from tpv_service.jobs.lifecycle import end_attempt, finish, has_ended, show
 from tpv_service.jobs.submit import task_of

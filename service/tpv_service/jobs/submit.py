@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
+
 from tpv.errors import (
     Conflict,
     IncompatibleVectors,
@@ -20,7 +21,6 @@ from tpv.methods import METHODS, Method
 from tpv.references import Reference
 from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
 from tpv.schemas.jobs import JobCreate, JobSpec, ResolvedDataset, ResolvedInitialization, ResolvedVector
-
 from tpv_service.datasets.queries import resolve_dataset
 from tpv_service.datasets.tables import DatasetVersionRow
 from tpv_service.jobs import queries

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tpv.schemas.jobs import Attempt, Job, JobSpec, Progress
-
 from tpv_service.jobs.tables import JobRow
 from tpv_service.registry.views import version_reference
 

@@ -1,8 +1,9 @@
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 
@@ -13,3 +14,14 @@ def place() -> Iterator[Path]:
         if os.geteuid() == 0:
             Path(directory).chmod(0o711)
         yield Path(directory)
+
+
+@pytest.fixture
+def alive_after() -> Callable[[float, list[psutil.Process]], list[psutil.Process]]:
+    """Those that still run after so many seconds; a zombie does not, it waits for an init process."""
+
+    def wait(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
+        _, left = psutil.wait_procs(processes, timeout=seconds)
+        return [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+    return wait

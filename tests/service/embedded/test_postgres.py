@@ -4,14 +4,18 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import psycopg
 import pytest
+
 from tpv_service.embedded import EmbeddedError, postgres
 from tpv_service.embedded.postgres import Postgres
+
+AliveAfter = Callable[[float, list[psutil.Process]], list[psutil.Process]]
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who has to use another user for PostgreSQL")
 
@@ -178,7 +182,7 @@ def test_waits_for_a_predecessor_that_is_still_shutting_down(place: Path) -> Non
     first.stop()
 
 
-def test_dies_with_its_parent(place: Path) -> None:
+def test_dies_with_its_parent(place: Path, alive_after: AliveAfter) -> None:
     script = (
         "import sys, pathlib; from tpv_service.embedded.postgres import Postgres;"
         "p = Postgres(pathlib.Path(sys.argv[1]), durable=False); p.start(); print(p.pid, flush=True); sys.stdin.read()"
@@ -194,7 +198,7 @@ def test_dies_with_its_parent(place: Path) -> None:
     parent.kill()
     parent.wait()
 
-    assert psutil.wait_procs(family, timeout=5)[1] == []
+    assert alive_after(5, family) == []
     parent.stdin.close()
     parent.stdout.close()
     with server(place / "data"):

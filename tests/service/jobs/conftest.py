@@ -11,8 +11,9 @@ from uuid import UUID
 import numpy as np
 import psycopg
 import pytest
-import tpv
 from numpy.typing import NDArray
+
+import tpv
 from tpv import files
 from tpv.schemas.jobs import EvaluationReport, EventReport, FailureReport, Job, ResultReport
 from tpv_service.settings import Settings

@@ -8,15 +8,17 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+from pydantic import SecretStr
+from structlog.testing import capture_logs
+from tests.service.jobs.conftest import START, QueueTables, Worker, event, figure, transfer, tune, tuned
+
 from tpv import AsyncClient, errors, files
 from tpv.schemas.initializations import BaseModelFacts
 from tpv.schemas.jobs import Job, ResultReport
 from tpv_service.db import create_engine, create_sessionmaker
-from tpv_service.jobs.stalled import requeue_lost_jobs
+from tpv_service.jobs.stalled import requeue_lost_jobs, watch_stalled_jobs
 from tpv_service.queue import Queue
 from tpv_service.settings import Settings
-
-from tests.service.jobs.conftest import START, QueueTables, Worker, event, figure, transfer, tune, tuned
 
 pytestmark = pytest.mark.anyio
 
@@ -363,3 +365,19 @@ async def test_jobs_that_are_well_are_left_alone(registry: AsyncClient, settings
     assert queue_tables.entries() == before
     assert (await registry.jobs.get(running)).state == "running"
     assert (await registry.jobs.get(waiting)).reason == "waiting"
+
+
+async def test_the_search_for_lost_jobs_outlives_the_database(settings: Settings):
+    away = settings.model_copy(
+        update={
+            "database_url": SecretStr("postgresql+psycopg://nobody@127.0.0.1:1/away"),
+            "stalled_check": timedelta(seconds=0.05),
+            "stalled_after": timedelta(seconds=0.05),
+        }
+    )
+    engine = create_engine(away)
+    with capture_logs() as logs:
+        async with watch_stalled_jobs(away, create_sessionmaker(engine), Queue(away)):
+            await asyncio.sleep(0.5)
+
+    assert [entry["event"] for entry in logs][:2] == ["cannot look for jobs of lost workers"] * 2

@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
+from tests.service.jobs.conftest import ROWS, START, QueueTables, Worker, transfer, tune, tuned
+
 from tpv import AsyncClient, errors
 from tpv.methods import PromptTuningOptions
 from tpv.schemas.jobs import JobCreate
@@ -10,8 +12,6 @@ from tpv_service.db import create_engine, create_sessionmaker
 from tpv_service.jobs.submit import submit_job
 from tpv_service.queue import Queue
 from tpv_service.settings import Settings
-
-from tests.service.jobs.conftest import ROWS, START, QueueTables, Worker, transfer, tune, tuned
 
 pytestmark = pytest.mark.anyio
 

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
 from tpv_worker.lab import MODEL_DIRECTORY, batches, world
 from tpv_worker.lab.world import DOMAINS, SKILLS, SOURCES, TARGETS, Task, relatedness, rows, task_named
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 
 def word_set(text: str) -> set[str]:

@@ -7,8 +7,8 @@ prefix. Three kinds of batches share that form:
 - quiz: the same, and the decoder then reads one question per other skill and answers each.
 - describe: the decoder lists one word for every attribute.
 
-Plain questions alone stayed at chance for the 750 steps that were tried; quiz and description give several answers per
-text to learn from.
+Quiz and description give several answers per text to learn from. In an earlier world of nine attributes, plain
+questions alone stayed at chance for the 750 steps that were tried; they were not tried alone in this one.
 
 No batch asks about the combinations (domain, skill, label pair) of the target tasks, not even with distracting words.
 """

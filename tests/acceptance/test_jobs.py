@@ -1,0 +1,275 @@
+"""Jobs on real processes: `tpv up` with its API and a worker, and tiny models with random weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from tests.worker.conftest import model_paths  # noqa: F401 # a fixture
+
+from tpv import Client, Job
+from tpv.errors import JobFailed
+from tpv.methods import InitializeOptions, PromptTuningOptions
+from tpv.schemas.initializations import BaseModelFacts
+from tpv_worker.backbone import Backbone
+from tpv_worker.data import Row
+from tpv_worker.evaluation import evaluate
+from tpv_worker.initialization import draw
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+Models = dict[str, Path]
+
+NUM_VIRTUAL_TOKENS = 3
+LABELS = ["yes", "no"]
+FAST = {"steps": 12, "batch_size": 4, "evaluate_every": 6, "learning_rate": 0.1}
+ENDLESS = FAST | {"steps": 10_000_000, "evaluate_every": 1_000_000}
+
+
+def rows(word: int, count: int) -> list[dict[str, str]]:
+    """The answer is `yes` where the text holds a certain word."""
+    draws = np.random.default_rng(word)
+    texts = [[f"w{n}" for n in draws.integers(10, 40, 1 + i % 5)] for i in range(count)]
+    return [
+        {"source": " ".join([f"w{word}", *text] if i % 2 else text), "target": "yes" if i % 2 else "no"}
+        for i, text in enumerate(texts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def stack(model_paths: Models) -> Iterator[tuple[str, int]]:  # noqa: F811
+    """Where the service is, and the process that supervises it."""
+    with tempfile.TemporaryDirectory(prefix="tpv-") as place:
+        Path(place).chmod(0o711)  # as root, PostgreSQL runs as a user of its own and has to get in
+        environment = os.environ | {
+            "TPV_STALLED_AFTER": "PT12S",  # heartbeats come every 5 s
+            "TPV_STALLED_CHECK": "PT1S",
+            "TPV_THREADS": "1",
+            "TPV_DATA_CACHE": f"{place}/cache",
+        }
+        options = ["--data-dir", f"{place}/data", "--port", "0", "--workers", "1"]
+        options += ["--model-directory", str(model_paths["decoder-only"].parent)]
+        command = [sys.executable, "-m", "tpv.cli.main", "up", *options]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            assert process.stdout is not None
+            try:
+                line = process.stdout.readline()
+                assert "ready at " in line, line
+                yield line.split("ready at ")[1].strip(), process.pid
+            finally:
+                process.terminate()
+        assert process.returncode == 0
+
+
+@pytest.fixture
+def client(stack: tuple[str, int]) -> Iterator[Client]:
+    with Client(stack[0]) as client:
+        yield client
+
+
+@pytest.fixture(params=["encoder-decoder", "decoder-only"])
+def model(request: pytest.FixtureRequest, model_paths: Models) -> Path:  # noqa: F811
+    path: Path = model_paths[request.param]
+    return path
+
+
+def test_initialize_tune_and_transfer(client: Client, model: Path) -> None:
+    space = model.name  # a namespace for each model
+    init = client.initializations.create(
+        f"{space}/family", base_model=str(model), num_virtual_tokens=NUM_VIRTUAL_TOKENS, seed=3, timeout=120
+    )
+    backbone = Backbone.load(model)
+    start = client.initializations.load(init)
+    options = InitializeOptions(num_virtual_tokens=NUM_VIRTUAL_TOKENS)
+    assert np.array_equal(start, draw(options, 3, backbone.embeddings, backbone.tokenizer).numpy())
+    assert init.base_model.verified
+    assert init.base_model.embedding_digest == backbone.embedding_digest()
+
+    for name, word in (("one", 1), ("two", 2), ("goal", 3)):
+        splits = rows(word, 32), rows(word, 16), rows(word + 4, 20)
+        client.datasets.upload(f"{space}/{name}", *splits, label_words=LABELS)
+    tunings = [
+        client.jobs.tune(dataset=f"{space}/{name}", initialization=f"{space}/family", output=f"{space}/{name}", **FAST)
+        for name in ("one", "two")
+    ]
+    client.jobs.wait_all(tunings, timeout=120)
+    transfer = client.jobs.transfer(
+        target=f"{space}/goal",
+        sources=[f"{space}/one", f"{space}/two"],
+        dataset=f"{space}/goal",
+        output=f"{space}/goal-dtvg",
+        shots=16,
+        target_options=FAST,
+        **FAST,
+    )
+    assert (transfer.state, transfer.reason) == ("queued", "waiting")
+    transfer.wait(timeout=120)
+
+    own = client.jobs.get(transfer.needs[0])
+    assert (own.state, own.result) == ("succeeded", f"{space}/goal:1")
+    assert transfer.result == f"{space}/goal-dtvg:1"
+    version = client.vectors.get(transfer.result)
+    sources = [f"{space}/one:1", f"{space}/two:1"]
+    assert [(parent.reference, parent.role) for parent in version.parents] == [
+        (f"{space}/goal:1", "target"),
+        (sources[0], "source"),
+        (sources[1], "source"),
+    ]
+    assert version.provenance["libraries"]["torch"] == torch.__version__
+    assert list(version.provenance["scales"]) == sources
+    assert set(version.provenance["group"]) <= set(sources)
+    assert transfer.metrics["target_steps"] == FAST["steps"]
+    assert transfer.metrics["test/majority"] == 0.5
+    events = list(transfer.events())
+    assert {event.type for event in events} >= {"state", "phase", "progress", "evaluation"}
+    assert events[-1].data["state"] == "succeeded"
+
+    # What the registry gives, read by anybody else, predicts what the worker has reported.
+    for reference in (*sources, f"{space}/goal:1", f"{space}/goal-dtvg:1"):
+        version = client.vectors.get(reference)
+        prompt = torch.from_numpy(version.load().apply(start).copy())
+        assert {figure.split for figure in version.evaluations} == {"validation", "test"}
+        for figure in version.evaluations:
+            read = [Row(**row) for row in client.datasets.rows(figure.dataset, figure.split)]
+            examples = backbone.tokenize(read, PromptTuningOptions(), NUM_VIRTUAL_TOKENS)
+            again = evaluate(backbone, prompt, examples, label_words=LABELS, options=PromptTuningOptions())
+            assert again.value == figure.value
+            assert again.predictions == [row["prediction"] for row in client.vectors.predictions(figure)]
+            assert figure.n == len(read)
+
+
+def test_the_same_job_again_gives_the_same_bytes(client: Client, model: Path) -> None:
+    first, second = (training(client, model, output="same", **FAST) for _ in range(2))
+    client.jobs.wait_all([first, second], timeout=120)
+
+    assert (first.result_created, second.result_created) == (True, False)
+    assert first.result == second.result == f"{model.name}-faults/same:1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "text"),
+    [
+        ({"base_model": "/etc"}, "model", "the worker may not read /etc"),
+        ({"base_model": "{models}/../llama"}, "model", "the worker may not read"),
+        ({"base_model": "{models}/gone"}, "model", "cannot load the model"),
+        ({"top_k": 2}, "options", "raise top_k"),
+    ],
+)
+def test_a_job_that_cannot_succeed_says_why(
+    client: Client,
+    model_paths: Models,  # noqa: F811
+    changes: dict[str, Any],
+    reason: str,
+    text: str,
+) -> None:
+    model = model_paths["decoder-only"]
+    arguments = {"base_model": str(model)} | changes
+    arguments["base_model"] = arguments["base_model"].format(models=model.parent)
+    with pytest.raises(JobFailed, match=text) as caught:
+        client.jobs.initialize(num_virtual_tokens=NUM_VIRTUAL_TOKENS, **arguments).wait(timeout=60)
+    assert caught.value.job.reason == reason
+
+
+def test_another_model_than_the_initializations_is_refused(client: Client, model: Path) -> None:
+    backbone, space = Backbone.load(model), f"{model.name}-other"
+    client.initializations.create(
+        f"{space}/family",
+        base_model=str(model),
+        tensor=torch.ones(NUM_VIRTUAL_TOKENS, backbone.token_dim),
+        base_model_facts=BaseModelFacts(digest="sha256:" + "0" * 64),
+    )
+    client.datasets.upload(f"{space}/one", rows(1, 8))
+    job = client.jobs.tune(dataset=f"{space}/one", initialization=f"{space}/family", output=f"{space}/one", **FAST)
+    with pytest.raises(JobFailed, match="is not the model that the initialization was made for") as caught:
+        job.wait(timeout=60)
+    assert caught.value.job.reason == "model"
+
+
+# --- Faults
+
+
+def training(client: Client, model: Path, *, output: str | None = None, **options: Any) -> Job:
+    space = f"{model.name}-faults"
+    client.initializations.create(
+        f"{space}/family", base_model=str(model), num_virtual_tokens=NUM_VIRTUAL_TOKENS, seed=5, timeout=120
+    )
+    client.datasets.upload(f"{space}/one", rows(1, 32), rows(1, 8), label_words=LABELS)
+    return client.jobs.tune(
+        dataset=f"{space}/one",
+        initialization=f"{space}/family",
+        output=f"{space}/{output or time.time_ns()}",
+        **options,
+    )
+
+
+@pytest.fixture
+def running(client: Client, model_paths: Models) -> Iterator[Job]:  # noqa: F811
+    """A job that trains, and would go on for ever."""
+    job = training(client, model_paths["decoder-only"], **ENDLESS)
+    eventually(lambda: (job.refresh().progress.step or 0) > 0)
+    yield job
+    if not job.refresh().finished:
+        job.cancel()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def worker_of(stack: tuple[str, int]) -> psutil.Process:
+    [worker] = [child for child in psutil.Process(stack[1]).children() if "tpv_worker" in child.cmdline()]
+    return worker
+
+
+def attempts_of(worker: psutil.Process) -> list[psutil.Process]:
+    """The processes that train: children of the server that they are forked from."""
+    return [attempt for server in worker.children() for attempt in server.children()]
+
+
+def test_a_killed_attempt_fails_and_the_worker_goes_on(
+    client: Client,
+    stack: tuple[str, int],
+    running: Job,
+    model_paths: Models,  # noqa: F811
+) -> None:
+    [attempt] = attempts_of(worker_of(stack))
+    attempt.kill()
+    with pytest.raises(JobFailed, match=r"out-of-memory.*was killed \(SIGKILL\)"):
+        running.wait(timeout=30)
+    training(client, model_paths["decoder-only"], **FAST).wait(timeout=60)
+
+
+def test_a_cancelled_job_stops_its_attempt(
+    client: Client,
+    stack: tuple[str, int],
+    running: Job,
+    model_paths: Models,  # noqa: F811
+) -> None:
+    [attempt] = attempts_of(worker_of(stack))
+    running.cancel()
+    eventually(lambda: not attempt.is_running(), seconds=2)
+    training(client, model_paths["decoder-only"], **FAST).wait(timeout=60)
+
+
+def test_the_job_of_a_killed_worker_is_taken_by_the_next_one(stack: tuple[str, int], running: Job) -> None:
+    worker = worker_of(stack)
+    processes = [worker, *worker.children(recursive=True)]
+    worker.kill()
+    eventually(lambda: not any(process.is_running() for process in processes), seconds=5)
+    eventually(lambda: running.refresh().state == "queued", seconds=30)
+    assert running.reason == "worker-lost"
+    eventually(lambda: running.refresh().state == "running")
+    assert [(attempt.number, attempt.state) for attempt in running.attempts] == [(1, "superseded"), (2, "running")]

@@ -111,7 +111,7 @@ class Settings:
     def unreachable(self, error: httpx.TransportError) -> errors.ConnectionFailed:
         """What to tell when no answer came."""
         if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
-            return errors.ConnectionFailed(f"{self.url} did not answer in time ({self.timeout.read:g} s)")
+            return errors.ConnectionFailed(f"{self.url} did not answer in time; ask again, or with a longer timeout")
         reason = str(error) or type(error).__name__
         return errors.ConnectionFailed(f"could not reach {self.url} ({reason}); start a service with: tpv up")
 

@@ -162,7 +162,7 @@ def _settings() -> Settings:
     from tpv_service.settings import Settings
 
     try:
-        return Settings()  # type: ignore[call-arg]  # from the environment
+        return Settings()
     except ValidationError as error:
         problems = (f"{'_'.join(('TPV', *map(str, e['loc']))).upper()}: {e['msg']}" for e in error.errors())
         raise TpvError("; ".join(problem.removeprefix("TPV: ") for problem in problems)) from error

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Query
-from sqlalchemy import ColumnElement, Select, literal, tuple_
+from sqlalchemy import Select, literal, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import QueryableAttribute
 from tpv.errors import Invalid
 from tpv.schemas.base import Page, Paging
 
@@ -26,8 +27,8 @@ PagingQuery = Annotated[Paging, Depends(_paging)]
 
 async def page(
     session: AsyncSession,
-    statement: Select[tuple[Row]],
-    key: Sequence[ColumnElement[Any]],
+    statement: Select[Row],
+    key: Sequence[QueryableAttribute[Any]],
     key_of: Callable[[Row], Sequence[Any]],
     view: Callable[[Row], Item],
     paging: Paging,

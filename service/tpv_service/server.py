@@ -42,6 +42,6 @@ if __name__ == "__main__":
     # For `tpv up`, which keeps the listening socket open: the port stays ours when this process is started again.
     from tpv_service import migrate
 
-    settings = Settings()  # type: ignore[call-arg]  # from the environment
+    settings = Settings()  # from the environment
     migrate.upgrade(settings.database_url.get_secret_value())
     serve(settings, socket.socket(fileno=int(sys.argv[1])))

@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     authentication: bool = True  #: False: no tokens, on loopback only
-    initial_token: SecretStr | None = Field(None, min_length=16)  # type: ignore[assignment]  # mypy knows no length of SecretStr
+    initial_token: SecretStr | None = Field(None, min_length=16)
     upload_limit: ByteSize = ByteSize(64 * 1024**2)  #: of one request's body
 
     stalled_after: timedelta = timedelta(seconds=30)  #: a worker is lost when its heartbeat is older

@@ -180,12 +180,12 @@ def test_a_job_that_cannot_succeed_says_why(
     assert caught.value.job.reason == reason
 
 
-def test_another_model_than_the_initializations_is_refused(client: Client, model: Path) -> None:
-    backbone, space = Backbone.load(model), f"{model.name}-other"
+def test_another_model_than_the_initializations_is_refused(client: Client, model_paths: Models) -> None:  # noqa: F811
+    model, space = model_paths["decoder-only"], "other"
     client.initializations.create(
         f"{space}/family",
         base_model=str(model),
-        tensor=torch.ones(NUM_VIRTUAL_TOKENS, backbone.token_dim),
+        tensor=torch.ones(NUM_VIRTUAL_TOKENS, Backbone.load(model).token_dim),
         base_model_facts=BaseModelFacts(digest="sha256:" + "0" * 64),
     )
     client.datasets.upload(f"{space}/one", rows(1, 8))
@@ -193,6 +193,18 @@ def test_another_model_than_the_initializations_is_refused(client: Client, model
     with pytest.raises(JobFailed, match="is not the model that the initialization was made for") as caught:
         job.wait(timeout=60)
     assert caught.value.job.reason == "model"
+
+
+def test_only_attempts_hold_torch(stack: tuple[str, int], running: Job) -> None:
+    """Neither the service nor the worker imports it; `running` makes sure that there is an attempt."""
+    worker = worker_of(stack)
+    [attempt] = attempts_of(worker)
+    [api] = [child for child in psutil.Process(stack[1]).children() if "tpv_service.server" in child.cmdline()]
+    assert [holds_torch(process) for process in (attempt, worker, api)] == [True, False, False]
+
+
+def holds_torch(process: psutil.Process) -> bool:
+    return any("libtorch" in mapped.path for mapped in process.memory_maps())
 
 
 # --- Faults
@@ -239,6 +251,14 @@ def attempts_of(worker: psutil.Process) -> list[psutil.Process]:
     return [attempt for server in worker.children() for attempt in server.children()]
 
 
+def gone(process: psutil.Process) -> bool:
+    """Whether it has ended; somebody else may not have asked for its exit status yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_a_killed_attempt_fails_and_the_worker_goes_on(
     client: Client,
     stack: tuple[str, int],
@@ -260,7 +280,7 @@ def test_a_cancelled_job_stops_its_attempt(
 ) -> None:
     [attempt] = attempts_of(worker_of(stack))
     running.cancel()
-    eventually(lambda: not attempt.is_running(), seconds=2)
+    eventually(lambda: gone(attempt), seconds=2)
     training(client, model_paths["decoder-only"], **FAST).wait(timeout=60)
 
 
@@ -268,7 +288,7 @@ def test_the_job_of_a_killed_worker_is_taken_by_the_next_one(stack: tuple[str, i
     worker = worker_of(stack)
     processes = [worker, *worker.children(recursive=True)]
     worker.kill()
-    eventually(lambda: not any(process.is_running() for process in processes), seconds=5)
+    eventually(lambda: all(map(gone, processes)), seconds=5)
     eventually(lambda: running.refresh().state == "queued", seconds=30)
     assert running.reason == "worker-lost"
     eventually(lambda: running.refresh().state == "running")

@@ -107,7 +107,9 @@ def test_an_answer_that_stands_is_not_asked_for_again(client: Client, registry: 
     assert len(registry.requests) == 1
 
 
-def test_a_slow_answer_is_not_asked_for_again(client: Client, registry: Any) -> None:
+@pytest.mark.parametrize("timeout", [None, 5])
+def test_a_slow_answer_is_not_asked_for_again(registry: Any, timeout: float | None) -> None:
+    client = Client(transport=registry.transport, retries=QUICK, timeout=timeout)
     registry.on(f"GET {VECTOR}", httpx.ReadTimeout("slow"))
     with pytest.raises(errors.ConnectionFailed, match="in time"):
         client.vectors.get("mnli")

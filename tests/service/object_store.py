@@ -28,7 +28,15 @@ class ObjectStore:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [str(Path(sys.executable).with_name("rclone")), "serve", "s3", "--addr", self.endpoint, "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}"]
+        command = [
+            str(Path(sys.executable).with_name("rclone")),
+            "serve",
+            "s3",
+            "--addr",
+            self.endpoint,
+            "--auth-key",
+            f"{ACCESS_KEY},{SECRET_KEY}",
+        ]
         command += ["--config", "/dev/null", "--vfs-cache-mode", "off", str(self.directory)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 20

@@ -63,7 +63,7 @@ def run_attempt(settings: Settings, started: AttemptStarted) -> None:
     """Does the work and reports how it ended; exits with TRY_AGAIN when it cannot report."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the worker, which ends this process when it must
     threading.Thread(target=_end_with_worker, daemon=True).start()
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     if settings.threads:
         torch.set_num_threads(settings.threads)
     token = settings.token.get_secret_value() if settings.token else None
@@ -389,7 +389,7 @@ class Events:
             # Times grow, whatever is done to the clock: by them the service knows a report that comes a second time.
             now = self._began + timedelta(seconds=time.perf_counter() - self._clock)
             self._newest = max(now, self._newest + timedelta(microseconds=1))
-            self._pending.append(EventReport(type=type, at=self._newest, data=data))  # type: ignore[arg-type]
+            self._pending.append(EventReport(type=type, at=self._newest, data=data))
 
     def flush(self) -> None:
         """Sends everything that has been added; what cannot be sent now is sent with the next events."""

@@ -38,4 +38,6 @@ class Settings(BaseSettings):
     device: str = "cpu"
     threads: int | None = Field(None, ge=1)  #: of torch in one attempt; none: as many as torch thinks right
     name: str = Field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}", max_length=256)
-    grace: timedelta = timedelta(seconds=10)  #: that a running attempt has to end after SIGTERM
+    # What a running attempt has to end after SIGTERM. Less than the service's TPV_STALLED_AFTER: a worker that ends
+    # sends no heartbeat any more.
+    grace: timedelta = timedelta(seconds=10)

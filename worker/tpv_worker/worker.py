@@ -82,9 +82,10 @@ async def _take_jobs(app: App, settings: Settings, stop: asyncio.Event) -> None:
         await working
     except asyncio.CancelledError:
         log.info("worker has stopped", name=settings.name)
+        return
     except ConnectorException as error:
-        log.warning("the queue is lost; trying again", error=repr(error.__cause__ or error))
-        await _stopped_before(stop, asyncio.sleep(1))
+        log.warning("the queue does not answer", error=repr(error.__cause__ or error))
+    await _stopped_before(stop, asyncio.sleep(1))
 
 
 def create_app(settings: Settings, client: AsyncClient, processes: ForkServerContext) -> App:
@@ -93,7 +94,7 @@ def create_app(settings: Settings, client: AsyncClient, processes: ForkServerCon
         connector=_PatientConnector(
             conninfo=settings.queue_url.get_secret_value(),
             kwargs={"options": f"-c search_path={QUEUE_SCHEMA}"},
-            min_size=1,
+            min_size=0,  # a worker starts without a database too
             max_size=settings.concurrency + 2,
             timeout=PATIENCE,
         )

@@ -68,7 +68,7 @@ def list_(
     task_type: Annotated[str | None, typer.Option(help="Only of this task type.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Only of this base model.")] = None,
     tags: TagPairs = None,
-    deleted: Annotated[bool, typer.Option("--deleted", help="Also what was deleted.")] = False,
+    deleted: Annotated[bool, typer.Option("--deleted", help="Only what was deleted.")] = False,
     limit: Limit = 100,
     as_json: Json = False,
 ) -> None:

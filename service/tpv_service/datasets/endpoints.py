@@ -28,6 +28,7 @@ router = APIRouter(tags=["datasets"], prefix="/datasets")
 Reader = Annotated[Actor, Depends(Allowed("read", "write", "worker"))]
 Writer = Annotated[Actor, Depends(Allowed("write"))]
 
+
 @router.post("/{namespace}/{name}/versions", status_code=201, response_model=Dataset)
 async def upload_dataset(
     request: Request,

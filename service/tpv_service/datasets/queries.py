@@ -11,7 +11,7 @@ from tpv.references import Reference
 from tpv_service.datasets.tables import DatasetRow, DatasetVersionRow
 
 
-def full_dataset() -> Select[tuple[DatasetVersionRow]]:
+def full_dataset() -> Select[DatasetVersionRow]:
     return (
         select(DatasetVersionRow)
         .join(DatasetVersionRow.dataset)

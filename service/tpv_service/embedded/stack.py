@@ -42,8 +42,6 @@ _LONGEST_PAUSE = 30.0  # seconds between two starts of a child that keeps ending
 _PATIENCE = 4.0  # seconds for the workers, and then for the API, to stop by themselves
 _OLD_PORT = 6.0  # seconds; the API of a run that was killed holds its port until the guard ends it
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 # What `tpv up` decides itself. Other settings (TPV_UPLOAD_LIMIT ...) come from the environment, as everywhere.
 _DECIDED_HERE = tuple(
     f"TPV_{name}"
@@ -200,7 +198,9 @@ class _Signals:
         self.children: Sequence[_Child] = []
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._come) for number in _STOP_SIGNALS}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [signal.SIGINT, signal.SIGTERM] if nohup else [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        self._previous = {number: signal.signal(number, self._come) for number in numbers}
         return self
 
     def __exit__(

@@ -68,10 +68,10 @@ async def waits(session: AsyncSession, job: UUID) -> bool:
     return bool(await session.scalar(select(exists(unmet))))
 
 
-async def live_job_like(session: AsyncSession, spec: dict[str, Any]) -> JobRow | None:
-    """A job that has not ended and will give exactly what this specification gives."""
+async def lock_live_job(session: AsyncSession, spec: dict[str, Any]) -> JobRow | None:
+    """A job that has not ended, and does not end before this transaction, and gives what this specification gives."""
     statement = full_job().where(JobRow.state.in_(LIVE), JobRow.spec == spec).order_by(JobRow.id).limit(1)
-    return (await session.scalars(statement)).first()
+    return (await session.scalars(statement.with_for_update(of=JobRow))).first()
 
 
 async def current_attempt(session: AsyncSession, job: JobRow) -> AttemptRow | None:

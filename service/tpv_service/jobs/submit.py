@@ -99,7 +99,7 @@ async def _target_job(session: AsyncSession, queue: Queue, request: JobCreate, a
             "tags": {},
         }
     )
-    shared = await queries.live_job_like(session, spec.model_dump(mode="json"))
+    shared = await queries.lock_live_job(session, spec.model_dump(mode="json"))
     return shared or await _create(session, queue, request, actor, spec)
 
 

@@ -16,7 +16,7 @@ def job_view(row: JobRow) -> Job:
     return Job(
         id=row.id,
         method=row.method,
-        state=row.state,  # type: ignore[arg-type] # the table checks it
+        state=row.state,
         reason=row.reason,
         message=row.message,
         spec=JobSpec.model_validate(row.spec),

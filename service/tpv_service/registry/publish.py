@@ -193,7 +193,9 @@ async def _existing(
             reference=reference,
         )
     there = {key: getattr(version, key) for key in values}
-    differences = {key: [there[key], values[key]] for key in values if values[key] and values[key] != there[key]}
+    differences: dict[str, Any] = {
+        key: [there[key], values[key]] for key in values if values[key] and values[key] != there[key]
+    }
     if parents and [p["parent_id"] for p in parents] != [p.parent_id for p in version.parents]:
         differences["parents"] = [[p.reference for p in version.parents], [p["reference"] for p in parents]]
     if differences:
@@ -208,7 +210,7 @@ async def _existing(
 
 def _check_same_task(vector: VectorRow, metadata: VersionCreate) -> None:
     """What all versions of a vector share; a version that says otherwise belongs under another name."""
-    differences = {}
+    differences: dict[str, Any] = {}
     if metadata.task and metadata.task != vector.tasks:
         differences["task"] = [vector.tasks, metadata.task]
     if metadata.task_type and metadata.task_type != vector.task_type:

@@ -20,11 +20,11 @@ _NOT_DELETED = (VersionRow.deleted_at.is_(None), VectorRow.deleted_at.is_(None))
 NEWEST = "newest"  #: in a path: the newest version that is not deleted
 
 
-def full_initialization() -> Select[tuple[InitializationRow]]:
+def full_initialization() -> Select[InitializationRow]:
     return select(InitializationRow).options(joinedload(InitializationRow.base_model, innerjoin=True))
 
 
-def bare_version() -> Select[tuple[VersionRow]]:
+def bare_version() -> Select[VersionRow]:
     """Versions with vector, initialization and base model: three joins, one statement."""
     return (
         select(VersionRow)
@@ -39,7 +39,7 @@ def bare_version() -> Select[tuple[VersionRow]]:
     )
 
 
-def full_version() -> Select[tuple[VersionRow]]:
+def full_version() -> Select[VersionRow]:
     """Versions with all that an answer shows."""
     return bare_version().options(
         contains_eager(VersionRow.vector).selectinload(VectorRow.aliases),

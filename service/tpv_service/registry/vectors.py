@@ -56,8 +56,8 @@ async def list_vectors(
                 .where(BaseModelRow.name == base_model)
             )
         )
-    key = [VectorRow.namespace, VectorRow.name]
-    rows = await page(session, statement, key, lambda row: [row.namespace, row.name], lambda row: row, paging)
+    order = [VectorRow.namespace, VectorRow.name]
+    rows = await page(session, statement, order, lambda row: [row.namespace, row.name], lambda row: row, paging)
     return Page(items=await _views(session, rows.items), next_cursor=rows.next_cursor)
 
 
@@ -107,7 +107,7 @@ async def delete_vector(
     if not force:
         versions = await session.scalars(queries.full_version().where(VersionRow.vector_id == row.id))
         await refuse_if_used(session, list(versions))
-    row.deleted_at = func.now()  # type: ignore[assignment]  # an SQL expression until the flush
+    row.deleted_at = func.now()  # an SQL expression until the flush
     await session.flush()
     return await _view(session, await queries.vector_by_name(session, namespace, name, deleted=True))
 

@@ -28,7 +28,7 @@ class ChosenPool:
     """The versions that are left, as a statement, and why others are not among them."""
 
     rule: str
-    versions: Select[tuple[UUID]]  #: ids
+    versions: Select[UUID]  #: ids
     order: list[UUID] | None  #: as the references were given
     excluded: dict[str, str] = field(default_factory=dict)
 
@@ -80,7 +80,7 @@ async def choose(session: AsyncSession, target: VersionRow, pool: Pool, *, allow
 
 
 async def _excluded(
-    session: AsyncSession, target: VersionRow, versions: Select[tuple[UUID]], *, allow_same_task: bool
+    session: AsyncSession, target: VersionRow, versions: Select[UUID], *, allow_same_task: bool
 ) -> dict[UUID, tuple[str, str]]:
     """id -> (reference, reason) of the versions that must not help this target."""
     descendants = await _descendants(session, target) if not allow_same_task else set()

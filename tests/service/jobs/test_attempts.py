@@ -243,6 +243,21 @@ async def test_success_hands_its_vector_to_the_job_that_waits_for_it(registry: A
     assert (await Worker.takes(registry, job)).number == 1
 
 
+async def test_a_transfer_submitted_while_its_target_gets_ready_is_not_forgotten(
+    registry: AsyncClient, queue_tables: QueueTables
+):
+    first = await transfer(registry, output="first")
+    worker = await Worker.takes(registry, await registry.jobs.get(first.needs[0]))
+    _, *others = await asyncio.gather(
+        worker.succeeds(tuned(1)), *(transfer(registry, output=f"other-{i}") for i in range(4))
+    )
+
+    for job in (first, *others):
+        await job.refresh()
+        needed = [(await registry.jobs.get(need)).state for need in job.needs]
+        assert str(job.id) in queue_tables.entries() or needed == ["queued"]
+
+
 async def test_failure_fails_the_jobs_that_wait_for_it(registry: AsyncClient, queue_tables: QueueTables):
     job = await transfer(registry)
     own = await registry.jobs.get(job.needs[0])

@@ -33,7 +33,9 @@ CASES = {
     "header of 10 GB": (claiming(10 * 2**30), {}, 422, "header"),
     "tensor of 10 GB": (
         (lambda h: len(h).to_bytes(8, "little") + h)(
-            json.dumps({"vector": {"dtype": "F32", "shape": [1, 2684354560], "data_offsets": [0, 10737418240]}}).encode()
+            json.dumps(
+                {"vector": {"dtype": "F32", "shape": [1, 2684354560], "data_offsets": [0, 10737418240]}}
+            ).encode()
         ),
         {},
         422,
@@ -119,9 +121,7 @@ async def test_a_zero_byte_in_a_text_is_refused(http, family, start):
 
 
 async def test_metadata_that_is_no_json_is_refused(http, family):
-    answer = await http.post(
-        "/api/v1/vectors/default/mnli/versions", data={"metadata": "{"}, files={"file": GOOD}
-    )
+    answer = await http.post("/api/v1/vectors/default/mnli/versions", data={"metadata": "{"}, files={"file": GOOD})
 
     assert answer.status_code == 422
     assert "metadata" in answer.json()["detail"]

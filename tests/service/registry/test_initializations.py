@@ -57,4 +57,3 @@ async def test_the_list_goes_over_pages(client, start):
 
 async def test_base_models_are_listed(client, family):
     assert [model.name for model in await client.initializations.base_models()] == ["tiny-t5"]
-

@@ -44,9 +44,7 @@ async def test_versions_count_up_and_equal_content_is_found_again(client, family
 
 async def test_a_prompt_and_its_vector_are_one_version(client, family, start):
     first = await register(client, start)
-    again = await client.vectors.register(
-        "mnli", vector=tpv.TaskPromptVector.from_prompt(prompt_near(start, 1), start)
-    )
+    again = await client.vectors.register("mnli", vector=tpv.TaskPromptVector.from_prompt(prompt_near(start, 1), start))
 
     assert again.version == first.version
     assert not again.created

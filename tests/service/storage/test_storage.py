@@ -119,7 +119,9 @@ def test_an_interrupted_write_is_no_blob(tmp_path):
 
 
 def test_a_presigned_url_gives_the_content_without_credentials(object_store):
-    settings = s3_settings(object_store, s3_presign=True, s3_presign_lifetime=timedelta(minutes=1), s3_bucket="presigned")
+    settings = s3_settings(
+        object_store, s3_presign=True, s3_presign_lifetime=timedelta(minutes=1), s3_bucket="presigned"
+    )
     store = create_store(settings)
     url = store.presigned_url(store.put(CONTENT))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from platformdirs import user_data_path, user_log_path
 
 from tpv.errors import TpvError
 
@@ -25,7 +27,7 @@ def run(
     context: typer.Context,
     data_dir: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Of the registry that the lab starts; by default that of `tpv up`."),
+        typer.Option(file_okay=False, help="Of the registry that the lab starts; by default a folder of its own."),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of that registry; 0 picks a free one.")] = 8000,
     seed: Annotated[int, typer.Option(min=0, help="Of the initialization, the data and the order of batches.")] = 0,
@@ -61,8 +63,9 @@ def run(
 
 def _start(data_dir: Path | None, port: int) -> tuple[str, int | None]:
     """Starts `tpv up` in the background, or finds the one that is running there; gives its URL and process."""
-    command = [sys.executable, "-m", "tpv.cli.main", "up", "--port", str(port)]
-    command += ["--data-dir", str(data_dir)] if data_dir else []
+    # As root outside home, where PostgreSQL's own user may go.
+    data_dir = data_dir or (Path("/var/lib/tpv-lab") if os.geteuid() == 0 else user_data_path("tpv-lab", False))
+    command = [sys.executable, "-m", "tpv.cli.main", "up", "--data-dir", str(data_dir), "--port", str(port)]
     log = user_log_path("tpv", appauthor=False, ensure_exists=True) / "lab.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -17,7 +17,7 @@ from tpv_worker.lab.world import N_COMMON, SOURCES, TARGETS, Task, relatedness, 
 
 NAMESPACE = "lab"
 NUM_VIRTUAL_TOKENS = 20
-ROWS = {"train": 2000, "validation": 200, "test": 400}
+ROWS = (2000, 200, 400)  # to train, to validate, to test
 
 TUNING: Mapping[str, Any] = {
     "batch_size": 24,
@@ -114,8 +114,11 @@ def _start_target(
 
 
 def _upload(client: tpv.Client, task: Task, seed: int) -> str:
-    splits = {split: rows(task, n, 10 * seed + i) for i, (split, n) in enumerate(ROWS.items())}
-    return client.datasets.upload(_name(task, seed), label_words=list(task.label_words), **splits).reference
+    train, validation, test = (rows(task, n, 10 * seed + i) for i, n in enumerate(ROWS))
+    words = list(task.label_words)
+    return client.datasets.upload(
+        _name(task, seed), train=train, validation=validation, test=test, label_words=words
+    ).reference
 
 
 def _name(task: Task, seed: int) -> str:

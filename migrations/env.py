@@ -3,6 +3,7 @@
 from alembic import context
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
+
 from tpv_service.tables import Table
 
 LOCK = 4_927_113_801  # any number that only this project's migrations lock

@@ -54,7 +54,6 @@ def create_engine(settings: Settings) -> AsyncEngine:
         pool_size=settings.database_connections,
         max_overflow=0,
         pool_timeout=10,  # seconds; then the caller gets a 503
-        pool_pre_ping=True,
         connect_args={"options": f"-c search_path=public,{QUEUE_SCHEMA}", "connect_timeout": 5},
     )
 

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from sqlalchemy import select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
-from tpv.errors import IdempotencyConflict
 
+from tpv.errors import IdempotencyConflict
 from tpv_service.registry.tables import IdempotencyRow
 
 KeyHeader = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]

@@ -11,6 +11,7 @@ from fastapi import Depends, Query
 from sqlalchemy import Select, literal, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import QueryableAttribute
+
 from tpv.errors import Invalid
 from tpv.schemas.base import Page, Paging
 

@@ -11,6 +11,7 @@ from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from tpv.errors import Invalid, NotFound, ProblemError, TooLarge, Unauthorized, Unavailable
 from tpv.references import NAME_HELP
 

@@ -18,11 +18,11 @@ from typing import Protocol
 import structlog
 from minio import Minio
 from minio.error import InvalidResponseError, MinioException, S3Error
-from tpv import files
-from tpv.errors import DamagedContent, NotFound, Unavailable
 from urllib3 import PoolManager, Retry, Timeout
 from urllib3.exceptions import HTTPError
 
+from tpv import files
+from tpv.errors import DamagedContent, NotFound, Unavailable
 from tpv_service.settings import Settings
 
 log = structlog.get_logger()
@@ -72,6 +72,9 @@ class DirectoryStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
+        for first in range(256):  # made now, so that a write waits for its own directory alone
+            (root / f"{first:02x}").mkdir(exist_ok=True)
+        _fsync_directory(root)
 
     def put(self, content: bytes) -> str:
         digest = files.digest(content)
@@ -79,9 +82,6 @@ class DirectoryStore:
         if path.exists():
             return digest
         with self._errors():
-            if not path.parent.exists():
-                path.parent.mkdir(exist_ok=True)
-                _fsync_directory(self.root)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
             try:
                 with os.fdopen(handle, "wb") as file:

@@ -10,9 +10,10 @@ from uuid import uuid4
 import httpx
 import psycopg
 import pytest
-import tpv
 from fastapi import FastAPI
 from pydantic import SecretStr
+
+import tpv
 from tpv_service import migrate
 from tpv_service.app import create_app
 from tpv_service.embedded.postgres import temporary_postgres

@@ -12,8 +12,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from tpv_worker.backbone import Backbone
-from tpv_worker.data import Row
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,6 +19,9 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from tpv_worker.backbone import Backbone
+from tpv_worker.data import Row
 
 WORDS = ["<pad>", "</s>", "<unk>", "<s>", "|", "yes", "no", *(f"w{i}" for i in range(40))]
 TOKEN_DIM = 16

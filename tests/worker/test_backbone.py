@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
 from tpv.files import fingerprint
 from tpv.methods import TrainingOptions
 from tpv_worker.backbone import Backbone, model_digest
 from tpv_worker.data import Row
 from tpv_worker.errors import DataError, ModelError, OptionsError
 from tpv_worker.evaluation import evaluate
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 OPTIONS = TrainingOptions(batch_size=8, separator=" | ")
 LABELS = ("yes", "no", "w5 yes")

@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+
 from tpv_worker.data import Dataset, Row, batches, few_shot, read_rows
 from tpv_worker.errors import DataError
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+
 from tpv.methods import TrainingOptions
 from tpv_worker.backbone import Backbone
 from tpv_worker.data import Row

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
+
 from tpv.files import fingerprint
 from tpv.methods import InitializeOptions
 from tpv_worker.backbone import Backbone
 from tpv_worker.errors import OptionsError
 from tpv_worker.initialization import draw
-from transformers import PreTrainedTokenizerBase
 
 EMBEDDINGS = torch.arange(47 * 16, dtype=torch.float32).reshape(47, 16) / 8  # row i begins with 2 * i
 

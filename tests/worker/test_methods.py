@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from tpv.methods import METHODS, DtvgOptions, PromptTuningOptions
 from tpv_worker import methods
 from tpv_worker.backbone import Backbone

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
 from tpv.files import fingerprint
 from tpv.methods import DtvgOptions, PromptTuningOptions, TrainingOptions
 from tpv_worker.backbone import Backbone

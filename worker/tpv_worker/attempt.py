@@ -6,11 +6,9 @@ import json
 import os
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +28,6 @@ from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
 from tpv.schemas.jobs import (
     AttemptStarted,
     EvaluationReport,
-    EventReport,
     FailureReport,
     JobSpec,
     Reason,
@@ -43,13 +40,12 @@ from tpv_worker.backbone import Backbone, model_digest
 from tpv_worker.data import Dataset, Row, few_shot, read_rows
 from tpv_worker.errors import JobError, ModelError
 from tpv_worker.evaluation import Evaluation, evaluate, majority
+from tpv_worker.events import Events
 from tpv_worker.methods import METHODS
 from tpv_worker.settings import Settings
 from tpv_worker.training import TrainingResult, train
 from tpv_worker.worker import TRY_AGAIN
 
-SEND_EVERY = 1.0  #: seconds between two reports of events
-EVENTS_LIMIT = 1000  #: events in one report
 GPU_TOLERANCE = 0.01  #: share of predictions that may differ on a second evaluation; on a CPU none may
 
 
@@ -362,52 +358,6 @@ def summary(values: Tensor) -> dict[str, float]:
 
 def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, Float32]:
     return {name: tensor.detach().float().cpu().numpy() for name, tensor in tensors.items()}
-
-
-# --- Events ----------------------------------------------------------------------------------------------------------
-
-
-class Events:
-    """Sends what happens, once a second, from a thread of its own: training never waits for the network."""
-
-    def __init__(self, client: Client, started: AttemptStarted) -> None:
-        self.client, self.started = client, started
-        self._pending: list[EventReport] = []
-        self._adding, self._sending = threading.Lock(), threading.Lock()
-        self._began, self._clock = datetime.now(UTC), time.perf_counter()
-        self._newest = self._began
-        threading.Thread(target=self._send_for_ever, daemon=True).start()
-
-    def phase(self, message: str) -> None:
-        self.add("phase", message=message)
-
-    def log(self, message: str) -> None:
-        self.add("log", message=message)
-
-    def add(self, type: str, **data: Any) -> None:  # noqa: A002 # the wire's name
-        with self._adding:
-            # Times grow, whatever is done to the clock: by them the service knows a report that comes a second time.
-            now = self._began + timedelta(seconds=time.perf_counter() - self._clock)
-            self._newest = max(now, self._newest + timedelta(microseconds=1))
-            self._pending.append(EventReport(type=type, at=self._newest, data=data))
-
-    def flush(self) -> None:
-        """Sends everything that has been added; what cannot be sent now is sent with the next events."""
-        with self._sending:
-            while batch := self._pending[:EVENTS_LIMIT]:
-                self.client.jobs.report_events(self.started.job, self.started.number, batch)
-                with self._adding:
-                    del self._pending[: len(batch)]
-
-    def _send_for_ever(self) -> None:
-        while True:
-            time.sleep(SEND_EVERY)
-            try:
-                self.flush()
-            except (StaleAttempt, JobFinished):
-                os._exit(0)  # the work is for nobody any more; a result would be refused
-            except Exception:
-                traceback.print_exc()
 
 
 def _end_with_worker() -> None:

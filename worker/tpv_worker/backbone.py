@@ -32,8 +32,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
-from tpv.files import fingerprint
-from tpv.methods import TrainingOptions
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,6 +40,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tpv.files import fingerprint
+from tpv.methods import TrainingOptions
 from tpv_worker.data import Example, Row
 from tpv_worker.errors import DataError, ModelError, OptionsError
 

@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tpv.methods import TrainingOptions
 
+from tpv.methods import TrainingOptions
 from tpv_worker.backbone import Backbone
 from tpv_worker.data import Example, Row
 

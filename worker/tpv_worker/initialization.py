@@ -6,9 +6,9 @@ import torch
 from numpy import float32
 from numpy.random import PCG64, Generator
 from torch import Tensor
-from tpv.methods import InitializeOptions
 from transformers import PreTrainedTokenizerBase
 
+from tpv.methods import InitializeOptions
 from tpv_worker.errors import OptionsError
 
 

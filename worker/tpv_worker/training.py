@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from tpv.methods import TrainingOptions
 
+from tpv.methods import TrainingOptions
 from tpv_worker.backbone import Backbone
 from tpv_worker.data import Row, batches
 from tpv_worker.errors import TrainingDiverged

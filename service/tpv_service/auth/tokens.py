@@ -12,10 +12,10 @@ from fastapi import Request
 from sqlalchemy import exists, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
+
 from tpv.errors import Conflict, Forbidden, NotFound, Unauthorized
 from tpv.references import check_name
 from tpv.schemas.tokens import SCOPES, Scope
-
 from tpv_service.auth.tables import TokenRow
 
 _PREFIX = "tpv_"  # lets secret scanners recognise a token

@@ -11,10 +11,10 @@ from fastapi.responses import Response
 from pydantic import Json
 from sqlalchemy.dialects.postgresql import insert
 from starlette.concurrency import run_in_threadpool
+
 from tpv.errors import InvalidDataset, NotFound
 from tpv.schemas.base import Name, Page
 from tpv.schemas.datasets import Dataset, DatasetCreate, Split
-
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.content import content_response
 from tpv_service.datasets import queries

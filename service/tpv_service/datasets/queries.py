@@ -5,9 +5,9 @@ from __future__ import annotations
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import contains_eager, selectinload
+
 from tpv.errors import InvalidReference, NotFound
 from tpv.references import Reference
-
 from tpv_service.datasets.tables import DatasetRow, DatasetVersionRow
 
 

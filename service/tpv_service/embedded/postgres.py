@@ -262,12 +262,12 @@ class Postgres:
 
 
 @contextmanager
-def temporary_postgres() -> Iterator[Postgres]:
-    """A server for tests and benchmarks: no fsync, and its directory is deleted afterwards."""
+def temporary_postgres(*, durable: bool = False) -> Iterator[Postgres]:
+    """A server for tests and benchmarks; its directory is deleted afterwards. Without fsync unless it is `durable`."""
     with tempfile.TemporaryDirectory(prefix="tpv-") as parent:
         if os.geteuid() == 0:
             Path(parent).chmod(0o711)  # made just now, by us; the Postgres user has to pass through
-        with Postgres(Path(parent, "data"), durable=False) as postgres:
+        with Postgres(Path(parent, "data"), durable=durable) as postgres:
             yield postgres
 
 

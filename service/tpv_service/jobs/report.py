@@ -201,7 +201,7 @@ def _parents(spec: JobSpec) -> list[Parent]:
 
 
 def _store_vector(store: BlobStore, initialization: str, staged: str) -> publish.StoredVector:
-    start = files.load(store.get(initialization))["prompt"]
+    start = publish.load_start(store, initialization)
     return publish.store_vector(store, start=start, prompt=_staged_prompt(store, staged))
 
 

@@ -6,11 +6,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
 from sqlalchemy import select
+
 from tpv.errors import AliasMoved, NotFound
 from tpv.references import check_alias
 from tpv.schemas.base import Name
 from tpv.schemas.vectors import Alias, AliasChange, AliasSet
-
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.db import Session
 from tpv_service.registry import queries

@@ -7,10 +7,10 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
+
 from tpv.errors import NotFound
 from tpv.schemas.base import Name
 from tpv.schemas.vectors import Evaluation
-
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.content import content_response
 from tpv_service.db import Session

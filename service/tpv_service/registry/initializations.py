@@ -9,12 +9,12 @@ from fastapi.responses import Response
 from pydantic import Json
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
+
 from tpv import files
 from tpv.errors import InvalidTensor
 from tpv.schemas.base import Name, Page
 from tpv.schemas.initializations import BaseModel, Initialization, InitializationCreate
 from tpv.vectors import Float32, as_prompt
-
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.content import content_response
 from tpv_service.db import Session

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -15,12 +16,13 @@ import numpy as np
 from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm.attributes import set_committed_value
+
 from tpv import files
 from tpv.errors import Conflict, FingerprintMismatch, IncompatibleVectors, Invalid, InvalidTensor, VersionConflict
 from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
 from tpv.schemas.vectors import Parent, VersionCreate
-from tpv.vectors import Float32
-
+from tpv.vectors import Float32, as_prompt
 from tpv_service.registry import queries
 from tpv_service.registry.tables import (
     BaseModelRow,
@@ -44,6 +46,12 @@ class StoredVector:
     reconstruction_error: float
     norm: float
     pooled: Float32  #: (d,)
+
+
+@lru_cache(maxsize=32)
+def load_start(store: BlobStore, digest: str) -> Float32:
+    """P_init (r, d) of this digest, verified. Kept in memory: many vectors share one, and its content never changes."""
+    return as_prompt(files.load(store.get(digest))["prompt"], "initialization")
 
 
 def store_vector(
@@ -153,16 +161,24 @@ async def publish_version(
     ).scalar_one_or_none()
     if version is None:
         return await _existing(session, vector, initialization, stored, values, parents), False
-    if parents:
-        rows = [{"version_id": version.id, "position": i, **parent} for i, parent in enumerate(parents)]
-        await session.execute(insert(ParentRow), rows)
-    if metadata.metrics:
-        digests = [*predictions, *([None] * (len(metadata.metrics) - len(predictions)))]
-        session.add_all(
-            EvaluationRow(version_id=version.id, job_id=job, predictions=digest, **metric.model_dump())
-            for metric, digest in zip(metadata.metrics, digests, strict=True)
-        )
-        await session.flush()
+    edges = [ParentRow(version_id=version.id, position=i, **parent) for i, parent in enumerate(parents)]
+    digests = [*predictions, *([None] * (len(metadata.metrics) - len(predictions)))]
+    figures = [
+        EvaluationRow(version_id=version.id, job_id=job, predictions=digest, **metric.model_dump())
+        for metric, digest in zip(metadata.metrics, digests, strict=True)
+    ]
+    session.add_all([*edges, *figures])
+    await session.flush()
+    # All that belongs to a new version is known here; asking the database for it again would double its work.
+    related = {
+        "vector": vector,
+        "initialization": initialization,
+        "aliases": [],
+        "parents": edges,
+        "evaluations": figures,
+    }
+    for attribute, value in related.items():
+        set_committed_value(version, attribute, value)
     return version, True
 
 

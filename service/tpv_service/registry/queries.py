@@ -9,9 +9,9 @@ from sqlalchemy import ColumnElement, Select, or_, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import contains_eager, joinedload, selectinload
+
 from tpv.errors import InvalidReference, NotFound
 from tpv.references import Reference, check_alias
-
 from tpv_service.jobs.tables import JobRow
 from tpv_service.registry.tables import AliasRow, BaseModelRow, InitializationRow, ParentRow, VectorRow, VersionRow
 
@@ -42,7 +42,7 @@ def bare_version() -> Select[VersionRow]:
 def full_version() -> Select[VersionRow]:
     """Versions with all that an answer shows."""
     return bare_version().options(
-        contains_eager(VersionRow.vector).selectinload(VectorRow.aliases),
+        selectinload(VersionRow.aliases),
         selectinload(VersionRow.parents),
         selectinload(VersionRow.evaluations),
     )
@@ -73,7 +73,7 @@ async def resolve_version(session: AsyncSession, reference: str, *, full: bool =
 async def version_at(
     session: AsyncSession, namespace: str, name: str, selector: str, *, deleted: bool = False
 ) -> VersionRow:
-    """The version at a path: `{v}` is a number, `@alias` or `newest`. With `deleted`, a number may mean a deleted one."""
+    """The version at a path: `{v}` is a number, `@alias` or `newest`. With `deleted`, a number may be a deleted one."""
     reference = Reference(namespace, name)
     if selector == NEWEST:
         where = _selected(None, None)

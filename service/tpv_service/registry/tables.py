@@ -114,6 +114,7 @@ class VersionRow(Deletable, Table):
 
     vector: Mapped[VectorRow] = relationship(lazy="raise")
     initialization: Mapped[InitializationRow] = relationship(lazy="raise")
+    aliases: Mapped[list[AliasRow]] = relationship(lazy="raise", order_by="AliasRow.alias", viewonly=True)
     parents: Mapped[list[ParentRow]] = relationship(
         lazy="raise", foreign_keys="ParentRow.version_id", order_by="ParentRow.position"
     )

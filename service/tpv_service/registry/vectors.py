@@ -7,10 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query
 from sqlalchemy import func, select
 from sqlalchemy.orm import selectinload
+
 from tpv.errors import Invalid
 from tpv.schemas.base import Name, Page
 from tpv.schemas.vectors import Vector, VectorUpdate
-
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.db import Session
 from tpv_service.pagination import PagingQuery, page

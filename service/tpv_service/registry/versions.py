@@ -9,12 +9,12 @@ from fastapi.responses import Response
 from pydantic import Json
 from sqlalchemy import func, update
 from starlette.concurrency import run_in_threadpool
+
 from tpv import files
 from tpv.errors import InUse, InvalidTensor, NotFound
 from tpv.schemas.base import Name, Page
 from tpv.schemas.vectors import Version, VersionCreate
 from tpv.vectors import Float32, as_prompt
-
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.content import content_response
 from tpv_service.db import Session
@@ -56,7 +56,6 @@ async def register_version(
         stored=stored,
         actor=actor.name,
     )
-    row = await queries.reload_version(session, row)
     return await idempotency.finish(session, version_view(row, created=created), 201 if created else 200)
 
 
@@ -67,8 +66,7 @@ def _store_upload(store: BlobStore, initialization: str, content: bytes) -> Stor
             f"the file holds one tensor, `prompt` (P*) or `vector` (T); this one has {sorted(tensors) or 'none'}"
         )
     given: dict[str, Float32] = {name: as_prompt(tensor, name) for name, tensor in tensors.items()}
-    start = files.load(store.get(initialization))["prompt"]
-    return publish.store_vector(store, start=start, **given)
+    return publish.store_vector(store, start=publish.load_start(store, initialization), **given)
 
 
 @router.get("/versions")
@@ -144,7 +142,7 @@ async def restore_version(session: Session, _: Writer, namespace: Name, name: Na
 
 async def refuse_if_used(session: Session, rows: list[VersionRow]) -> None:
     """Raises InUse while an alias, a live job or a not deleted descendant points to one of the versions."""
-    uses = [f"alias @{alias.alias}" for row in rows for alias in row.vector.aliases if alias.version == row.number]
+    uses = [f"alias @{alias.alias}" for row in rows for alias in row.aliases]
     uses += [f"descendant {reference}" for reference in await queries.live_descendants(session, [r.id for r in rows])]
     uses += [f"job {job}" for job in await queries.live_jobs_using(session, [r.id for r in rows])]
     if uses:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tpv.schemas.initializations import BaseModel, Initialization
 from tpv.schemas.vectors import Evaluation, InitializationSummary, Parent, Vector, Version
-
 from tpv_service.registry.tables import InitializationRow, VectorRow, VersionRow
 
 
@@ -54,7 +53,7 @@ def version_view(row: VersionRow, *, created: bool = False) -> Version:
             Parent(reference=p.reference, fingerprint=p.fingerprint, role=p.role, weight=p.weight) for p in row.parents
         ],
         evaluations=[Evaluation.model_validate(evaluation) for evaluation in row.evaluations],
-        aliases=[alias.alias for alias in row.vector.aliases if alias.version == row.number],
+        aliases=[alias.alias for alias in row.aliases],
         job=row.job_id,
         actor=row.actor,
         created_at=row.created_at,

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from sqlalchemy import func, select
 from sqlalchemy.orm import contains_eager, undefer
+
 from tpv.grouping import group
 from tpv.schemas.similarity import (
     GroupingAnswer,
@@ -20,7 +21,6 @@ from tpv.schemas.similarity import (
     TraceEntry,
 )
 from tpv.similarity import dot
-
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.db import Session
 from tpv_service.registry import queries

@@ -12,9 +12,9 @@ from sqlalchemy import Select, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
+
 from tpv.errors import IncompatibleVectors
 from tpv.schemas.similarity import Pool, PoolEcho
-
 from tpv_service.registry import queries
 from tpv_service.registry.tables import InitializationRow, ParentRow, VectorRow, VersionRow
 from tpv_service.registry.views import initialization_summary, version_reference

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
+
 from tpv_service.auth import tokens
 from tpv_service.db import create_engine, create_sessionmaker
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import tpv
 from tpv.schemas.initializations import Initialization
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from tests.service.registry.test_versions import register
+
 from tpv import errors
 
 pytestmark = pytest.mark.anyio

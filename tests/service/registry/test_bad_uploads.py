@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 from tests.service.registry.conftest import ROWS, WIDTH, prompt_near
+
 from tpv import files
 
 pytestmark = pytest.mark.anyio

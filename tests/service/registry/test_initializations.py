@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from tpv import errors, files
 
 pytestmark = pytest.mark.anyio

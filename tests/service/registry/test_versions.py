@@ -5,10 +5,11 @@ from __future__ import annotations
 import anyio
 import numpy as np
 import pytest
-import tpv
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 from tests.service.registry.conftest import prompt_near
+
+import tpv
 from tpv import errors, files
 
 pytestmark = pytest.mark.anyio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import tpv
 from tpv import errors, grouping, similarity
 
@@ -102,7 +103,7 @@ async def test_vectors_of_another_initialization_are_refused_field_by_field(clie
     await client.initializations.create("other", base_model="tiny-t5", revision="abc", tensor=start)
     await client.vectors.register("stranger", vector=start + 1, initialization="other", task="z")
 
-    with pytest.raises(errors.IncompatibleVectors, match="family.*other") as caught:
+    with pytest.raises(errors.IncompatibleVectors, match=r"family.*other") as caught:
         await client.groupings.create(target="rte", candidates=["s0", "stranger"])
     assert set(caught.value.extra["differences"]) == {"fingerprint"}
     with pytest.raises(errors.IncompatibleVectors):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 from tests.service.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
+
 from tpv import files
 
 pytestmark = pytest.mark.anyio

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 from tests.service.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
+
 from tpv import errors, files
 from tpv_service.settings import Settings
 from tpv_service.storage import BlobStore, create_store
@@ -106,7 +107,7 @@ def test_a_directory_store_leaves_no_temporary_file(tmp_path):
     store = create_store(Settings(database_url=SecretStr("postgresql://a@b/c"), blob_directory=tmp_path))
     store.put(CONTENT)
 
-    assert [path for path in tmp_path.rglob(".*")] == []
+    assert list(tmp_path.rglob(".*")) == []
 
 
 def test_an_interrupted_write_is_no_blob(tmp_path):

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from tpv.grouping import group
 from tpv.methods import DtvgOptions
-
 from tpv_worker.methods.protocol import Snapshot
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from tpv.methods import PromptTuningOptions
 
+from tpv.methods import PromptTuningOptions
 from tpv_worker.methods.protocol import Snapshot
 
 

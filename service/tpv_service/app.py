@@ -9,7 +9,6 @@ from typing import TypedDict
 from fastapi import APIRouter, FastAPI
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tpv_service import health, logs, problems
 from tpv_service.auth.tokens import ensure_initial_token
@@ -50,11 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     middleware = [Middleware(problems.BodyLimit, limit=settings.upload_limit)]
     if not settings.authentication:
-        # Without tokens only the loopback names are answered: a page of another site cannot reach the service by a
-        # name of its own that resolves to this machine.
-        middleware.insert(
-            0, Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", "test"])
-        )
+        middleware.insert(0, Middleware(problems.LoopbackOnly))
     app = FastAPI(
         title="TPV registry",
         description="Task prompt vectors: stored, found, grouped, combined and produced.",

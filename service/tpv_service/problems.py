@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -9,10 +11,11 @@ from fastapi.responses import JSONResponse
 from psycopg.errors import SerializationFailure
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tpv.errors import Invalid, NotFound, ProblemError, TooLarge, Unauthorized, Unavailable
+from tpv.errors import Forbidden, Invalid, NotFound, ProblemError, TooLarge, Unauthorized, Unavailable
 from tpv.references import NAME_HELP
 
 log = structlog.get_logger()
@@ -103,3 +106,27 @@ class BodyLimit:
             return message
 
         await self.app(scope, counted, send)
+
+
+class LoopbackOnly:
+    """Without tokens, whoever reaches the service may do all; so it answers only what this machine's user asks.
+
+    A page of another site could reach it through the user's browser: by a name of its own that resolves to loopback,
+    which the Host header tells, or by a plain form, which the browser marks as cross-site.
+    """
+
+    HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            if not self.HOST.fullmatch(headers.get("host", "")) or headers.get("sec-fetch-site") == "cross-site":
+                refused = Forbidden(
+                    "without tokens the registry answers on this machine only, and no other site's page"
+                )
+                await answer(refused)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)

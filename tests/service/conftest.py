@@ -79,7 +79,7 @@ class _WithState:
 async def http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """Plain HTTP to the application, for requests that our client would never send."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 
@@ -87,5 +87,5 @@ async def http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 async def client(app: FastAPI) -> AsyncIterator[tpv.AsyncClient]:
     """The published client on the application: every test of the API tests it too."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with tpv.AsyncClient("http://test", transport=transport) as client:
+    async with tpv.AsyncClient("http://localhost", transport=transport) as client:
         yield client

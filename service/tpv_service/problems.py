@@ -124,9 +124,7 @@ class LoopbackOnly:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
             if not self.HOST.fullmatch(headers.get("host", "")) or headers.get("sec-fetch-site") == "cross-site":
-                refused = Forbidden(
-                    "without tokens the registry answers on this machine only, and no other site's page"
-                )
+                refused = Forbidden("without tokens only this machine is answered, and no page of another site")
                 await answer(refused)(scope, receive, send)
                 return
         await self.app(scope, receive, send)

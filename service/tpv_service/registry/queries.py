@@ -71,7 +71,7 @@ async def resolve_version(session: AsyncSession, reference: str, *, full: bool =
 
 
 async def version_at(
-    session: AsyncSession, namespace: str, name: str, selector: str, *, deleted: bool = False
+    session: AsyncSession, namespace: str, name: str, selector: str, *, full: bool = True, deleted: bool = False
 ) -> VersionRow:
     """The version at a path: `{v}` is a number, `@alias` or `newest`. With `deleted`, a number may be a deleted one."""
     reference = Reference(namespace, name)
@@ -83,7 +83,8 @@ async def version_at(
         where = _selected(int(selector), None)
     else:
         raise InvalidReference(f"{selector!r} is no version: use a number, @alias or {NEWEST}")
-    statement = full_version().where(named(reference), VectorRow.deleted_at.is_(None), *where)
+    statement = full_version() if full else bare_version()
+    statement = statement.where(named(reference), VectorRow.deleted_at.is_(None), *where)
     statement = statement.order_by(VersionRow.number.desc()).limit(1)
     if not (deleted and selector.isdecimal()):
         statement = statement.where(VersionRow.deleted_at.is_(None))

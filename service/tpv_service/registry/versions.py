@@ -94,7 +94,7 @@ async def get_version_content(
     request: Request, session: Session, _: Reader, namespace: Name, name: Name, v: str
 ) -> Response:
     """T as safetensors, tensor `vector`, (num_virtual_tokens, token_dim) float32."""
-    row = await queries.version_at(session, namespace, name, v)
+    row = await queries.version_at(session, namespace, name, v, full=False)
     return await content_response(
         request, row.digest, media_type="application/octet-stream", filename=f"{name}-{row.number}.safetensors"
     )
@@ -105,7 +105,7 @@ async def get_version_state(
     request: Request, session: Session, _: Reader, namespace: Name, name: Name, v: str
 ) -> Response:
     """The method's own tensors as safetensors: of a `dtvg` transfer T_t and the scaling terms."""
-    row = await queries.version_at(session, namespace, name, v)
+    row = await queries.version_at(session, namespace, name, v, full=False)
     if row.state is None:
         raise NotFound(f"{namespace}/{name}:{row.number} keeps no tensors of its method")
     return await content_response(

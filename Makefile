@@ -27,6 +27,7 @@ check: .venv/dev ## Check style, types, and that generated files are fresh
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.13
 	$(BIN)/python scripts/unasync.py --check
 
 format: .venv/dev ## Sort imports, fix what can be fixed, format

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+
 from tpv import files
 from tpv_service import migrate
 from tpv_service.embedded.postgres import temporary_postgres

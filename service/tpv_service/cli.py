@@ -113,6 +113,19 @@ def check() -> None:
     typer.echo("the database has the schema of this release")
 
 
+@admin.command("verify")
+def verify(as_json: Json = False) -> None:
+    """Reads every stored file and compares it with its digest; exit status 1 when one is missing or damaged."""
+    from tpv_service.storage import create_store
+    from tpv_service.verify import damaged_files
+
+    settings = _settings()
+    count, problems = _in_session(settings, lambda session: damaged_files(session, create_store(settings)))
+    Output(as_json).line({"files": count, "problems": problems}, "\n".join([*problems, f"{count} files read"]))
+    if problems:
+        raise typer.Exit(1)
+
+
 @token.command("create")
 def create_token(
     name: str,

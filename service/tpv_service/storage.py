@@ -31,6 +31,8 @@ log = structlog.get_logger()
 class BlobStore(Protocol):
     """Four verbs. A missing blob is NotFound, a damaged one DamagedContent, a store that is down Unavailable."""
 
+    def __hash__(self) -> int: ...
+
     def put(self, content: bytes) -> str:
         """Stores the content durably, unless it is there already; gives its digest, `sha256:...`."""
 
@@ -71,7 +73,7 @@ class DirectoryStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # the service's own: vectors may be confidential
         for first in range(256):  # made now, so that a write waits for its own directory alone
             (root / f"{first:02x}").mkdir(exist_ok=True)
         _fsync_directory(root)

@@ -141,9 +141,7 @@ def rounds_of_kills(data_dir: Path, rounds: int) -> Iterator[Round]:
         running.stop()
 
 
-def _register_until_killed(
-    running: Up, ledger: Ledger, delay: float, draws: np.random.Generator
-) -> tuple[int, float]:
+def _register_until_killed(running: Up, ledger: Ledger, delay: float, draws: np.random.Generator) -> tuple[int, float]:
     started, killing = threading.Barrier(THREADS + 1), threading.Event()
 
     def write(own: np.random.Generator) -> None:

@@ -77,7 +77,11 @@ def server() -> Iterator[Server]:
 
 
 def eventually_ready(client: Client) -> bool:
-    return any(client.ready() or time.sleep(0.1) for _ in range(600))
+    for _ in range(600):
+        if client.ready():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,8 @@ class Outcome:
 def send_endlessly(server: Server, path: str, *, chunked: bool) -> Outcome:
     """Posts a body of 1 GB, going on after the answer for as long as the server takes more."""
     framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {GB}"
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n{framing}\r\n\r\n"
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: multipart/form-data; boundary=b", framing]
+    head = "\r\n".join([*lines, "", ""])
     piece = bytes(64 * 1024)
     first, following = (f"{len(part):x}\r\n".encode() + part + b"\r\n" for part in (PART, piece))
     if not chunked:
@@ -118,8 +123,8 @@ def send_endlessly(server: Server, path: str, *, chunked: bool) -> Outcome:
                     sent, waiting = sent + taken, waiting[taken:] or memoryview(following)
             except (ConnectionResetError, BrokenPipeError):
                 break
-    lines, _, content = answer.partition(b"\r\n\r\n")
-    status, *headers = lines.decode().split("\r\n")
+    start, _, content = answer.partition(b"\r\n\r\n")
+    status, *headers = start.decode().split("\r\n")
     named = {name.lower(): value.strip() for name, _, value in (header.partition(":") for header in headers)}
     return Outcome(
         status=int(status.split()[1]),

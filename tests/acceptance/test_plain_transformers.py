@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load
 from tests.acceptance.conftest import Up, reachable_directory
-from tests.worker.conftest import model_paths  # noqa: F401 # a fixture
+from tests.worker.conftest import _one_thread, model_paths  # noqa: F401 # fixtures
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tpv import Client
@@ -40,7 +40,7 @@ OPTIONS: dict[str, Any] = {
 # --- What anybody would write ----------------------------------------------------------------------------------------
 
 
-def read_by_t5(model: Any, tokenizer: Any, prompt: torch.Tensor, source: str, label_words: list[str] | None) -> str:
+def read_by_t5(model: Any, tokenizer: Any, prompt: torch.Tensor, source: str, label_words: list[str] | None) -> Any:
     ids = tokenizer(source, truncation=True, max_length=5, return_tensors="pt").input_ids
     embeds = torch.cat([prompt[None], model.get_input_embeddings()(ids)], dim=1)
     if label_words is None:
@@ -53,8 +53,9 @@ def read_by_t5(model: Any, tokenizer: Any, prompt: torch.Tensor, source: str, la
     return label_words[torch.stack(losses).argmin()]
 
 
-def read_by_llama(model: Any, tokenizer: Any, prompt: torch.Tensor, source: str, label_words: list[str] | None) -> str:
-    ids = tokenizer(source, truncation=True, max_length=5).input_ids + tokenizer("|", add_special_tokens=False).input_ids
+def read_by_llama(model: Any, tokenizer: Any, prompt: torch.Tensor, source: str, label_words: list[str] | None) -> Any:
+    ids = tokenizer(source, truncation=True, max_length=5).input_ids
+    ids += tokenizer("|", add_special_tokens=False).input_ids  # the separator
     embeds = torch.cat([prompt, model.get_input_embeddings()(torch.tensor(ids))])[None]
     if label_words is None:
         written = model.generate(inputs_embeds=embeds, max_new_tokens=3, do_sample=False)
@@ -86,6 +87,7 @@ def rows(seed: int, count: int) -> Rows:
     return [{"source": " ".join(text), "target": LABEL_WORDS[int(text[0][1:]) % len(LABEL_WORDS)]} for text in texts]
 
 
+#: In the order in which `upload` takes them.
 SPLITS = {"train": rows(1, 48), "validation": rows(2, 16), "test": rows(3, 32)}
 
 
@@ -95,9 +97,11 @@ def client(model_paths: Models) -> Iterator[Client]:  # noqa: F811
     with reachable_directory() as place:
         environment = {"TPV_THREADS": "1", "TPV_DATA_CACHE": str(place / "cache")}
         models = model_paths["decoder-only"].parent
-        with Up(place / "data", workers=1, model_directory=models, environment=environment) as running:
-            with Client(running.url) as client:
-                yield client
+        with (
+            Up(place / "data", workers=1, model_directory=models, environment=environment) as running,
+            Client(running.url) as client,
+        ):
+            yield client
 
 
 @pytest.mark.parametrize("label_words", [LABEL_WORDS, None], ids=["label words", "free text"])
@@ -111,7 +115,7 @@ def test_plain_code_predicts_what_the_worker_has_stored(
     """Row by row and without padding, where the worker reads batches."""
     path, name = model_paths[kind], f"{kind}/{'labels' if label_words else 'text'}"
     client.initializations.create(f"{kind}/family", base_model=str(path), num_virtual_tokens=3, seed=1, timeout=240)
-    client.datasets.upload(name, **SPLITS, label_words=label_words)
+    client.datasets.upload(name, *SPLITS.values(), label_words=label_words)
     job = client.jobs.tune(dataset=name, initialization=f"{kind}/family", output=name, **OPTIONS)
     job.wait(timeout=240)
 

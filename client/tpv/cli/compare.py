@@ -30,6 +30,7 @@ class Entry:
     evaluation: Evaluation
     costs: dict[str, float]  #: of the job, and of the target's own tuning that it built on
     predictions: list[dict[str, Any]] | None
+    majority: float | None  #: as the job measured it, with the rows that it trained on
 
 
 def compare(
@@ -50,7 +51,9 @@ def compare(
         base = None
         if paired is not None:
             base = next((entry for entry in entries if entry.asked == paired), None) or _entry(client, paired)
-        majority = _majority(client, entries[0])
+        majority = entries[0].majority
+        if majority is None:
+            majority = _majority(client, entries[0])
     rows = [_row(entry, base) for entry in entries]
     out = Output(as_json)
     if as_json:
@@ -87,6 +90,7 @@ def _entry(client: Client, text: str) -> Entry:
         evaluation=evaluation,
         costs=_costs(client, job),
         predictions=client.vectors.predictions(evaluation) if evaluation.predictions else None,
+        majority=job.metrics.get(f"{evaluation.split}/majority") if job else None,
     )
 
 

@@ -166,6 +166,18 @@ def watch(
         Output(False).note(f"{job.method} {job.id} succeeded: {plain(job.result)}  {cell(job.metrics)}")
 
 
+@app.command("cancel")
+def cancel(
+    context: typer.Context,
+    job: Annotated[str, typer.Argument(help="The job's id.")],
+    as_json: Json = False,
+) -> None:
+    """Calls a queued or running job off; jobs that need it fail."""
+    with connect(context) as client:
+        cancelled = client.jobs.cancel(job)
+    Output(as_json).line(cancelled, f"job {cancelled.id} is {cancelled.state}")
+
+
 def follow(client: Client, jobs: Sequence[Job]) -> None:
     """Waits for jobs, with progress bars on a terminal; Ctrl-C leaves them running and says how to go on."""
     try:

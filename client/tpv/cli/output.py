@@ -87,10 +87,11 @@ def cell(value: Any) -> str:
     if isinstance(value, datetime):
         return value.astimezone().strftime("%Y-%m-%d %H:%M")
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}={cell(item)}" for key, item in value.items())
+        return ", ".join(f"{key}={cell(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, list | tuple):
         return ", ".join(map(cell, value))
-    return str(value)
+    text = str(value)
+    return text if text.isprintable() else json.dumps(text, ensure_ascii=False)  # a line break would break the table
 
 
 def short(fingerprint: str | None) -> str:

@@ -37,7 +37,7 @@ from tpv_service.server import is_loopback, listen, url_of
 
 _TICK = 0.2  # seconds between two looks at the children
 _READY = 60.0  # seconds for the API to answer
-_STABLE = 60.0  # seconds; a child that ran longer starts again at once when it ends
+_STABLE = 60.0  # seconds; a child that ran longer starts again after the shortest pause
 _LONGEST_PAUSE = 30.0  # seconds between two starts of a child that keeps ending
 _PATIENCE = 4.0  # seconds for the workers, and then for the API, to stop by themselves
 _OLD_PORT = 6.0  # seconds; the API of a run that was killed holds its port until the guard ends it

@@ -41,11 +41,9 @@ async def upload_initialization(
 ) -> Response:
     """Registers an imported initialization; the file holds one tensor `prompt`, (num_virtual_tokens, token_dim)."""
     store: BlobStore = request.state.store
-    tensor, stored = await run_in_threadpool(_store_prompt, store, await file.read())
+    tensor, stored = await run_in_threadpool(_store_prompt, store, await file.read(), metadata.fingerprint)
     if kept := await idempotency.begin(session, actor.name, metadata, stored):
         return kept
-    if metadata.fingerprint:
-        publish.check_declared(metadata.fingerprint, files.fingerprint(tensor))
     row, created = await publish.publish_initialization(
         session,
         namespace=metadata.namespace,
@@ -62,7 +60,7 @@ async def upload_initialization(
     return await idempotency.finish(session, initialization_view(row, created=created), 201 if created else 200)
 
 
-def _store_prompt(store: BlobStore, content: bytes) -> tuple[Float32, tuple[str, int]]:
+def _store_prompt(store: BlobStore, content: bytes, declared: str | None) -> tuple[Float32, tuple[str, int]]:
     """The checked tensor `prompt` of an uploaded file, and digest and size of its canonical form in the store."""
     tensors = files.load(content)
     if set(tensors) != {"prompt"}:
@@ -70,6 +68,8 @@ def _store_prompt(store: BlobStore, content: bytes) -> tuple[Float32, tuple[str,
             f"an initialization's file holds one tensor `prompt`; this one has {sorted(tensors) or 'none'}"
         )
     tensor = as_prompt(tensors["prompt"], "initialization")
+    if declared:
+        publish.check_declared(declared, files.fingerprint(tensor))
     canonical = files.dump({"prompt": tensor})
     return tensor, (store.put(canonical), len(canonical))
 

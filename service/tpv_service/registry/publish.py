@@ -55,9 +55,17 @@ def load_start(store: BlobStore, digest: str) -> Float32:
 
 
 def store_vector(
-    store: BlobStore, *, start: Float32, prompt: Float32 | None = None, vector: Float32 | None = None
+    store: BlobStore,
+    *,
+    start: Float32,
+    prompt: Float32 | None = None,
+    vector: Float32 | None = None,
+    declared: str | None = None,
 ) -> StoredVector:
-    """Derives T from P*, or P* from T, with P_init = `start`, all (r, d), and stores T. Blocks on the store."""
+    """Derives T from P*, or P* from T, with P_init = `start`, all (r, d), and stores T. Blocks on the store.
+
+    Raises InvalidTensor, or FingerprintMismatch when T is not what the sender declared, before anything is stored.
+    """
     given = prompt if prompt is not None else vector
     if given is None or (prompt is not None and vector is not None):
         raise InvalidTensor("give one tensor: `prompt` (P*) or `vector` (T)")
@@ -73,11 +81,14 @@ def store_vector(
         tuned = given if vector is None else start + given
     if not (np.isfinite(difference).all() and np.isfinite(tuned).all()):
         raise InvalidTensor("with this initialization the prompt leaves the range of float32")
+    fingerprint = files.fingerprint(difference)
+    if declared:
+        check_declared(declared, fingerprint)
     content = files.dump({"vector": difference})
     return StoredVector(
         digest=store.put(content),
         size=len(content),
-        fingerprint=files.fingerprint(difference),
+        fingerprint=fingerprint,
         prompt_fingerprint=files.fingerprint(tuned),
         reconstruction_error=float(np.abs(tuned - (start + difference)).max()),
         norm=float(np.linalg.norm(difference)),
@@ -103,8 +114,6 @@ async def publish_version(
     Raises VersionConflict when the content is there with other immutable metadata or was deleted, and Conflict when
     the whole vector was deleted. Writers of one name take turns on the vector's row, so numbers have no gap.
     """
-    if metadata.fingerprint:
-        check_declared(metadata.fingerprint, stored.fingerprint)
     parents = await _resolve_parents(session, metadata.parents)
     # The row lock of this statement is the queue of writers; a rollback gives the number back.
     vector = (

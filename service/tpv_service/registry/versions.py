@@ -44,7 +44,8 @@ async def register_version(
 ) -> Response:
     """Registers a vector: the file holds one tensor, `prompt` (P*) or `vector` (T). Equal content again is a 200."""
     initialization = await queries.resolve_initialization(session, metadata.initialization)
-    stored = await run_in_threadpool(_store_upload, request.state.store, initialization.digest, await file.read())
+    content, store = await file.read(), request.state.store
+    stored = await run_in_threadpool(_store_upload, store, initialization.digest, content, metadata.fingerprint)
     if kept := await idempotency.begin(session, actor.name, metadata, stored.fingerprint):
         return kept
     row, created = await publish.publish_version(
@@ -59,14 +60,14 @@ async def register_version(
     return await idempotency.finish(session, version_view(row, created=created), 201 if created else 200)
 
 
-def _store_upload(store: BlobStore, initialization: str, content: bytes) -> StoredVector:
+def _store_upload(store: BlobStore, initialization: str, content: bytes, declared: str | None) -> StoredVector:
     tensors = files.load(content)
     if set(tensors) not in ({"prompt"}, {"vector"}):
         raise InvalidTensor(
             f"the file holds one tensor, `prompt` (P*) or `vector` (T); this one has {sorted(tensors) or 'none'}"
         )
     given: dict[str, Float32] = {name: as_prompt(tensor, name) for name, tensor in tensors.items()}
-    return publish.store_vector(store, start=publish.load_start(store, initialization), **given)
+    return publish.store_vector(store, start=publish.load_start(store, initialization), declared=declared, **given)
 
 
 @router.get("/versions")

@@ -32,7 +32,7 @@ def run(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of that registry; 0 picks a free one.")] = 8000,
     seed: Annotated[int, typer.Option(min=0, help="Of the initialization, the data and the order of batches.")] = 0,
     shots: Annotated[int, typer.Option(min=2, help="Training rows of a target.")] = 16,
-    target: Annotated[list[str] | None, typer.Option(help="A target task; repeatable. By default two of them.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="A target task; repeatable. By default all five.")] = None,
 ) -> None:
     """Runs source tuning and DTVG transfers from an empty registry to a table.
 
@@ -45,7 +45,7 @@ def run(
     from tpv_worker.lab.world import TARGETS, task_named
 
     try:
-        targets = [task_named(name) for name in target] if target else TARGETS[:2]
+        targets = [task_named(name) for name in target] if target else TARGETS
     except ValueError as error:
         raise TpvError(f"{error}; the targets are {', '.join(t.name for t in TARGETS)}") from error
     given = context.obj.url if context.obj else None
@@ -106,4 +106,7 @@ def _table(results: list[TargetResult], seed: int, shots: int) -> object:
             ),
             "\n".join(f"{name} ({kind})" for name, kind in result.group.items()) or "nobody",
         )
+    table.add_section()
+    columns = zip(*((r.majority, r.prompt_tuning, r.prompt_tuning_long, r.dtvg) for r in results), strict=True)
+    table.add_row("mean", *(f"{sum(column) / len(results):.1%}" for column in columns))
     return table

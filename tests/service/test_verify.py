@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tpv_service.db import create_engine, create_sessionmaker
+from tpv_service.storage import create_store
+from tpv_service.verify import damaged_files
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_verify_names_every_missing_and_damaged_file(client, settings):
+    start = np.zeros((2, 3), dtype=np.float32)
+    initialization = await client.initializations.create("family", base_model="m", revision="r", tensor=start)
+    made = await client.vectors.register("mnli", vector=start + 1, initialization="family")
+    await client.datasets.upload("mr", train=[{"source": "a", "target": "b"}])
+
+    async def check() -> tuple[int, list[str]]:
+        engine = create_engine(settings)
+        async with create_sessionmaker(engine)() as session:
+            found = await damaged_files(session, create_store(settings))
+        await engine.dispose()
+        return found
+
+    assert await check() == (3, [])
+    name = made.digest.removeprefix("sha256:")
+    (settings.blob_directory / name[:2] / name[2:]).write_bytes(b"other")
+    name = initialization.digest.removeprefix("sha256:")
+    (settings.blob_directory / name[:2] / name[2:]).unlink()
+
+    count, problems = await check()
+    assert count == 3
+    assert any("default/mnli:1" in problem for problem in problems)
+    assert any(str(initialization.id) in problem and "missing" in problem for problem in problems)
+    assert len(problems) == 2

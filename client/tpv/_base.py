@@ -47,8 +47,8 @@ class Retries:
     """How often an idempotent call is tried again, and after how many seconds.
 
     The pauses double from `first` to at most `longest`, each shortened at random by up to a half, so that clients that
-    failed together do not come back together: 0.25, 0.5, 1.0 ... A `Retry-After` of the service is kept to instead,
-    unless it asks for more than `patience`.
+    failed together do not come back together: 0.25, 0.5, 1.0 ... A `Retry-After` of the service is the least to wait;
+    when it asks for more than `patience`, the call is given up.
     """
 
     times: int = 3
@@ -61,9 +61,10 @@ class Retries:
         if tried >= self.times:
             return None
         asked = _seconds(retry_after)
-        if asked is not None:
-            return asked if asked <= self.patience else None
-        return min(self.longest, self.first * 2.0**tried) * random.uniform(0.5, 1.0)  # noqa: S311 # no secret
+        if asked is not None and asked > self.patience:
+            return None
+        own = min(self.longest, self.first * 2.0**tried) * random.uniform(0.5, 1.0)  # noqa: S311 # no secret
+        return max(asked or 0.0, own)
 
 
 LONG_WAIT = Retries(times=9)  #: about half a minute: following a job outlives a restart of the service

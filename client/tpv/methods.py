@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Options(BaseModel):
@@ -28,6 +28,15 @@ class InitializeOptions(Options):
     range: float = Field(0.5, gt=0, description="random-uniform: values lie in [-range, range) (Lester 2021).")
     text: str | None = Field(None, description="text: its tokens, repeated or cut to num_virtual_tokens rows.")
 
+    @model_validator(mode="after")
+    def _text(self) -> Self:
+        if (self.strategy == "text") != bool(self.text):
+            raise ValueError("the strategy `text` needs a text, and only that one takes it")
+        return self
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class TrainingOptions(Options):
     """What every tuned soft prompt needs; the defaults are the few-shot setting of the DTVG paper (C.2, C.3, C.7)."""
@@ -36,7 +45,7 @@ class TrainingOptions(Options):
     batch_size: int = Field(32, ge=1, description="Rows a step.")
     learning_rate: float = Field(0.3, gt=0, description="Rate of the prompt's own parameters (C.7).")
     weight_decay: float = Field(1e-5, ge=0, description="AdamW weight decay (C.2).")
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas.")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon.")
     schedule: Literal["constant", "linear"] = Field("linear", description="Learning rate after the warm-up (C.2).")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")

@@ -89,7 +89,7 @@ class TaskPromptVector:
     @property
     def norm(self) -> float:
         """The Euclidean norm over all r * d weights."""
-        return float(np.linalg.norm(self.tensor))
+        return float(np.linalg.norm(self.tensor.astype(np.float64)))
 
     @property
     def pooled(self) -> Float32:

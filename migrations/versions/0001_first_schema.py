@@ -104,6 +104,19 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_alias_changes_vector_id_alias"), "alias_changes", ["vector_id", "alias"], unique=False)
     op.create_table(
+        "changes",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
+        sa.Column("vector_id", sa.Uuid(), nullable=False),
+        sa.Column("version", sa.Integer(), nullable=True),
+        sa.Column("action", sa.Text(), nullable=False),
+        sa.Column("data", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(["vector_id"], ["vectors.id"], name=op.f("fk_changes_vector_id")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_changes")),
+    )
+    op.create_index(op.f("ix_changes_vector_id"), "changes", ["vector_id"], unique=False)
+    op.create_table(
         "dataset_versions",
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("dataset_id", sa.Uuid(), nullable=False),
@@ -275,6 +288,7 @@ def upgrade() -> None:
         sa.Column("job_id", sa.Uuid(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
         sa.Column("worker", sa.Text(), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=True),
         sa.Column("message", sa.Text(), nullable=True),
@@ -349,6 +363,8 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_initializations_fingerprint"), table_name="initializations")
     op.drop_table("initializations")
     op.drop_table("dataset_versions")
+    op.drop_index(op.f("ix_changes_vector_id"), table_name="changes")
+    op.drop_table("changes")
     op.drop_index(op.f("ix_alias_changes_vector_id_alias"), table_name="alias_changes")
     op.drop_table("alias_changes")
     op.drop_table("vectors")

@@ -8,11 +8,15 @@ from fastapi import Request
 from fastapi.responses import RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
+from tpv_service.db import Session, release
 from tpv_service.storage import BlobStore
 
 
-async def content_response(request: Request, digest: str, *, media_type: str, filename: str) -> Response:
+async def content_response(
+    request: Request, session: Session, digest: str, *, media_type: str, filename: str
+) -> Response:
     """The blob of this digest; it is checked before the first byte leaves, so a damaged one is never served."""
+    await release(session)
     store: BlobStore = request.state.store
     headers = {
         "ETag": f'"{digest}"',
@@ -42,7 +46,7 @@ def _matches(header: str, digest: str) -> bool:
 
 def _span(header: str | None, size: int) -> tuple[int, int] | None:
     """First byte and end of a single range; None when there is none that RFC 9110 asks to honour."""
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
+    match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", header or "")
     if not match or match[0] == "bytes=-":
         return None
     first, last = match.groups()

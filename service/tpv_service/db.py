@@ -65,9 +65,18 @@ def create_sessionmaker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]
 async def _session(request: Request) -> AsyncIterator[AsyncSession]:
     """One transaction: commits when the endpoint returned, rolls back when it raised."""
     sessions: async_sessionmaker[AsyncSession] = request.state.sessions
-    async with sessions.begin() as session:
+    async with sessions() as session:  # closing it rolls back what was not committed
         yield session
+        await session.commit()
 
 
 # scope="function": the commit comes before the answer, so a commit that fails is a 500 and never a 201.
 Session = Annotated[AsyncSession, Depends(_session, scope="function")]
+
+
+async def release(session: AsyncSession) -> None:
+    """Gives the connection back while files move: a slow blob store must not keep others from the database.
+
+    Ends a transaction that has only read. What it has loaded stays usable; the next statement begins another one.
+    """
+    await session.commit()

@@ -55,7 +55,7 @@ def _encode(key: Sequence[Any]) -> str:
 def _decode(cursor: str, length: int) -> list[str]:
     try:
         key = json.loads(base64.urlsafe_b64decode(cursor.encode()))
-    except ValueError:
+    except (ValueError, RecursionError):
         key = None
     if not (isinstance(key, list) and len(key) == length and all(isinstance(part, str) for part in key)):
         raise Invalid("the cursor is none that this service gave; leave it out to begin at the start")

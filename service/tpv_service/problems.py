@@ -8,7 +8,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from psycopg.errors import SerializationFailure
+from psycopg.errors import ProgramLimitExceeded, SerializationFailure
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.datastructures import Headers
@@ -56,8 +56,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(DBAPIError)
     @app.exception_handler(PoolTimeout)
     async def database(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, DataError):  # such as a zero byte in a text, which Postgres cannot hold
-            return answer(Invalid(f"a value cannot be stored: {str(error.orig).splitlines()[0]}"))
+        if isinstance(getattr(error, "orig", None), ProgramLimitExceeded) or isinstance(
+            error, DataError
+        ):  # such as a zero byte in a text, which Postgres cannot hold
+            return answer(Invalid(f"a value cannot be stored: {str(getattr(error, 'orig', error)).splitlines()[0]}"))
         if isinstance(error, OperationalError | PoolTimeout) or isinstance(
             getattr(error, "orig", None), SerializationFailure
         ):

@@ -81,9 +81,10 @@ class DirectoryStore:
     def put(self, content: bytes) -> str:
         digest = files.digest(content)
         path = self._path(digest)
-        if path.exists():
-            return digest
         with self._errors():
+            if path.exists() and files.digest(path.read_bytes()) == digest:  # a damaged one is written anew
+                _fsync_directory(path.parent)  # whoever wrote it may not have come to this yet
+                return digest
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
             try:
                 with os.fdopen(handle, "wb") as file:

@@ -8,6 +8,7 @@ from tpv_service.registry.tables import (
     AliasChangeRow,
     AliasRow,
     BaseModelRow,
+    ChangeRow,
     EvaluationRow,
     IdempotencyRow,
     InitializationRow,
@@ -17,7 +18,7 @@ from tpv_service.registry.tables import (
 )
 
 __all__ = [
-    "AliasChangeRow", "AliasRow", "AttemptRow", "BaseModelRow", "DatasetRow", "DatasetVersionRow", "EvaluationRow",
+    "AliasChangeRow", "AliasRow", "AttemptRow", "BaseModelRow", "ChangeRow", "DatasetRow", "DatasetVersionRow", "EvaluationRow",
     "EventRow", "IdempotencyRow", "InitializationRow", "JobRow", "NeedRow", "ParentRow", "SplitRow", "StagedRow",
     "Table", "TokenRow", "VectorRow", "VersionRow",
 ]  # fmt: skip

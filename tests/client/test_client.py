@@ -259,13 +259,15 @@ def test_wrong_arguments_are_refused_before_anything_is_sent(client: Client, reg
 
 def test_a_tensor_is_uploaded_with_its_fingerprint(client: Client, registry: Any, wire: Any) -> None:
     registry.on("POST /initializations", httpx.Response(201, json=wire.initialization(created=True)))
-    found = client.initializations.create("lab/mine", base_model="t5-base", revision="abc", tensor=PROMPT.astype("f8"))
+    found = client.initializations.create(
+        "lab/mine", base_model="t5-base", revision="a" * 40, tensor=PROMPT.astype("f8")
+    )
     assert found.created
     metadata, content = parts(registry.requests[0])
     assert json.loads(metadata["metadata"]) == {
         "name": "mine",
         "namespace": "lab",
-        "base_model": {"id": "t5-base", "revision": "abc"},
+        "base_model": {"id": "t5-base", "revision": "a" * 40},
         "fingerprint": files.fingerprint(PROMPT),
     }
     assert files.load(content["file"])["prompt"].tolist() == PROMPT.tolist()

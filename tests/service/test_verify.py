@@ -12,7 +12,7 @@ pytestmark = pytest.mark.anyio
 
 async def test_verify_names_every_missing_and_damaged_file(client, settings):
     start = np.zeros((2, 3), dtype=np.float32)
-    initialization = await client.initializations.create("family", base_model="m", revision="r", tensor=start)
+    initialization = await client.initializations.create("family", base_model="m", revision="a" * 40, tensor=start)
     made = await client.vectors.register("mnli", vector=start + 1, initialization="family")
     await client.datasets.upload("mr", train=[{"source": "a", "target": "b"}])
 

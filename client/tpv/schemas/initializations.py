@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
-from pydantic import Field
+from pydantic import Field, StringConstraints, model_validator
 
 from tpv.schemas.base import Answer, Name, Request
+
+MAX_TOKEN_DIM = 16_000  #: what one vector column of the database holds
+
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
 class BaseModelReference(Request):
     """A base model as a user names it: a hub id with its commit, or a local directory that workers may read."""
 
     id: str = Field(min_length=1, max_length=1024)
-    revision: str | None = None
+    revision: str | None = Field(None, max_length=256)
     unpinned: bool = Field(False, description="Accept a model without a commit; shown wherever the model is.")
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Self:
+        """A branch moves, so it does not say which model it is; of a local directory the digest says it."""
+        local = self.id.startswith("/")
+        if self.revision and not (self.unpinned or local or re.fullmatch(r"[0-9a-f]{40}", self.revision)):
+            raise ValueError(
+                f"revision {self.revision!r} is no commit (40 hexadecimal digits); a branch or tag may move: "
+                "to take it all the same, say unpinned: true"
+            )
+        return self
 
 
 class BaseModelFacts(Request):

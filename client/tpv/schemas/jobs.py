@@ -40,7 +40,7 @@ class JobCreate(Request):
     target_options: dict[str, Any] | None = None
     sources: list[str] | None = Field(None, min_length=1, max_length=1000)
     shots: int | None = Field(None, ge=1, description="Training rows overall, class proportions kept; none: all.")
-    shot_seed: int = 0
+    shot_seed: int = Field(0, ge=0, lt=2**63)
     seed: int = Field(0, ge=0, lt=2**63)
     queue: Name = "default"
     priority: int = Field(0, ge=-1000, le=1000)

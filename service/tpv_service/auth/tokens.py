@@ -113,10 +113,20 @@ async def any_token(session: AsyncSession) -> bool:
 
 
 async def ensure_initial_token(session: AsyncSession, token: str) -> None:
-    """The first token comes from the environment; a later start with the same one changes nothing."""
-    if not await session.scalar(select(exists().where(TokenRow.sha256 == _hash(token)))):
-        name = "initial" if not await any_token(session) else f"initial-{_hash(token)[:8]}"
-        await create_token(session, name=name, scopes=SCOPES, created_by="environment", token=token)
+    """The first token comes from the environment; a later start with the same one, or another replica's, changes nothing.
+
+    Its name tells tokens apart that were set one after another.
+    """
+    await session.execute(
+        insert(TokenRow)
+        .values(
+            name=f"initial-{_hash(token)[:8]}",
+            sha256=_hash(token),
+            scopes=sorted(SCOPES),
+            created_by="environment",
+        )
+        .on_conflict_do_nothing()
+    )
 
 
 def _hash(token: str) -> str:

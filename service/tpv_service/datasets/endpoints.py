@@ -68,14 +68,11 @@ def _check_rows(split: str, content: bytes, label_words: list[str] | None) -> in
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidDataset(
                 f"{split}, line {number}: not JSON in UTF-8 ({error})", split=split, line=number
             ) from error
-        if not (
-            isinstance(row, dict)
-            and all(isinstance(row.get(key), str) and row[key].strip() for key in ("source", "target"))
-        ):
+        if not (isinstance(row, dict) and all(_is_text(row.get(key)) for key in ("source", "target"))):
             raise InvalidDataset(
                 f"{split}, line {number}: a row is an object with the texts `source` and `target`",
                 split=split,
@@ -91,6 +88,11 @@ def _check_rows(split: str, content: bytes, label_words: list[str] | None) -> in
     if not count:
         raise InvalidDataset(f"{split} has no rows", split=split)
     return count
+
+
+def _is_text(value: object) -> bool:
+    """Something to read, and no half of a character, which JSON can hold and no tokenizer takes."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 async def _publish(
@@ -191,7 +193,11 @@ async def get_split(
     if found is None:
         raise NotFound(f"{namespace}/{name}:{row.number} has no split {split!r}; it has {[s.name for s in row.splits]}")
     return await content_response(
-        request, found.fingerprint, media_type="application/jsonl", filename=f"{name}-{row.number}-{split}.jsonl"
+        request,
+        session,
+        found.fingerprint,
+        media_type="application/jsonl",
+        filename=f"{name}-{row.number}-{split}.jsonl",
     )
 
 

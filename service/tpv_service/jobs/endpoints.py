@@ -111,9 +111,9 @@ async def cancel(request: Request, session: Session, actor: Writer, job: UUID) -
 
 
 @router.post("/{job}/attempts", status_code=201)
-async def start_attempt(session: Session, _: Worker, job: UUID, attempt: AttemptStart) -> AttemptStarted:
+async def start_attempt(session: Session, actor: Worker, job: UUID, attempt: AttemptStart) -> AttemptStarted:
     """A worker begins an attempt; reports of earlier ones are refused from now on."""
-    return await report.start_attempt(session, job, attempt)
+    return await report.start_attempt(session, job, attempt, actor.name)
 
 
 @router.post("/{job}/attempts/{number}/events", status_code=204)
@@ -139,7 +139,7 @@ async def get_staged_file(
     """A file that the attempt has stored."""
     if digest not in await queries.staged_files(session, job, number):
         raise NotFound(f"attempt {number} of job {job} has not staged {digest}")
-    return await content_response(request, digest, media_type="application/octet-stream", filename=digest[7:])
+    return await content_response(request, session, digest, media_type="application/octet-stream", filename=digest[7:])
 
 
 @router.post("/{job}/attempts/{number}/result")

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+from pydantic import ValidationError
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.concurrency import run_in_threadpool
@@ -31,6 +32,7 @@ from tpv.schemas.jobs import (
 )
 from tpv.schemas.vectors import EvaluationCreate, Parent, VersionCreate
 from tpv.vectors import Float32, as_prompt
+from tpv_service.db import release
 from tpv_service.jobs import queries
 from tpv_service.jobs.lifecycle import end_attempt, finish, has_ended, show
 from tpv_service.jobs.submit import task_of
@@ -41,7 +43,7 @@ from tpv_service.registry.queries import resolve_initialization
 from tpv_service.storage import BlobStore
 
 
-async def start_attempt(session: AsyncSession, job_id: UUID, report: AttemptStart) -> AttemptStarted:
+async def start_attempt(session: AsyncSession, job_id: UUID, report: AttemptStart, actor: str) -> AttemptStarted:
     """Begins the next attempt; one that was still running is superseded by it."""
     job = await queries.lock_job(session, job_id)
     if has_ended(job):
@@ -52,7 +54,7 @@ async def start_attempt(session: AsyncSession, job_id: UUID, report: AttemptStar
     job.attempt += 1
     job.started_at = job.started_at or datetime.now(UTC)
     job.progress = {}
-    session.add(AttemptRow(job_id=job.id, number=job.attempt, worker=report.worker, state="running"))
+    session.add(AttemptRow(job_id=job.id, number=job.attempt, worker=report.worker, actor=actor, state="running"))
     show(session, job, "running")
     return AttemptStarted(job=job.id, number=job.attempt, spec=JobSpec.model_validate(job.spec))
 
@@ -74,7 +76,11 @@ def _progress(progress: dict[str, Any], events: list[EventReport]) -> dict[str, 
             newer["group"] = event.data.get("members")
         elif event.type in ("progress", "evaluation"):
             newer |= {name: event.data[name] for name in Progress.model_fields if name in event.data}
-    return Progress.model_validate(newer).model_dump(exclude_none=True)
+    try:
+        return Progress.model_validate(newer).model_dump(exclude_none=True)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise Invalid(f"an event's {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
 
 
 async def stage_file(session: AsyncSession, store: BlobStore, job_id: UUID, number: int, content: bytes) -> Staged:
@@ -125,6 +131,7 @@ async def report_result(
 async def _commit_initialization(
     session: AsyncSession, store: BlobStore, job: JobRow, spec: JobSpec, report: ResultReport
 ) -> None:
+    await release(session)
     tensor, digest, size = await run_in_threadpool(_store_initialization, store, report.prompt)
     await _lock_current(session, job.id, job.attempt)
     row, created = await publish.publish_initialization(
@@ -155,6 +162,7 @@ async def _commit_vector(
     assert spec.initialization is not None  # submit.py: whatever gives a vector has both
     assert spec.dataset is not None
     initialization = await resolve_initialization(session, str(spec.initialization.initialization_id))
+    await release(session)
     stored = await run_in_threadpool(_store_vector, store, initialization.digest, report.prompt)
     await _lock_current(session, job.id, job.attempt)
     figures = [figure.model_dump(exclude={"predictions"}) for figure in report.evaluations]

@@ -67,7 +67,8 @@ class AttemptRow(Table):
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey(JobRow.id), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
-    worker: Mapped[str]
+    worker: Mapped[str]  #: as it calls itself
+    actor: Mapped[str]  #: the name of its token
     state: Mapped[str]
     reason: Mapped[str | None]
     message: Mapped[str | None]

@@ -29,11 +29,11 @@ async def set_alias(
     check_alias(alias)
     vector = await queries.vector_by_name(session, namespace, name, lock=True)
     row = _find(vector, alias)
+    if row and row.version == wanted.version:
+        return Alias(alias=alias, version=row.version)  # also when our own earlier request has moved it
     _check_expected(alias, row, wanted.expected_version)
     version = await queries.version_at(session, namespace, name, str(wanted.version))
     before = row.version if row else None
-    if before == version.number:
-        return Alias(alias=alias, version=version.number)
     if row:
         row.version = version.number
     else:

@@ -35,5 +35,5 @@ async def get_predictions(request: Request, session: Session, _: Reader, evaluat
     if row is None or row.predictions is None:
         raise NotFound(f"no predictions are kept of evaluation {evaluation}")
     return await content_response(
-        request, row.predictions, media_type="application/jsonl", filename=f"{evaluation}.jsonl"
+        request, session, row.predictions, media_type="application/jsonl", filename=f"{evaluation}.jsonl"
     )

@@ -100,7 +100,11 @@ async def get_initialization_content(
     """P_init as safetensors, tensor `prompt`."""
     row = await queries.resolve_initialization(session, reference, namespace)
     return await content_response(
-        request, row.digest, media_type="application/octet-stream", filename=f"{row.name or row.id}.safetensors"
+        request,
+        session,
+        row.digest,
+        media_type="application/octet-stream",
+        filename=f"{row.name or row.id}.safetensors",
     )
 
 

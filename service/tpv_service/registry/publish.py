@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.attributes import set_committed_value
@@ -91,8 +91,8 @@ def store_vector(
         fingerprint=fingerprint,
         prompt_fingerprint=files.fingerprint(tuned),
         reconstruction_error=float(np.abs(tuned - (start + difference)).max()),
-        norm=float(np.linalg.norm(difference)),
-        pooled=difference.mean(axis=0),
+        norm=float(np.linalg.norm(difference.astype(np.float64))),  # float32 would overflow from 1.8e19 on
+        pooled=difference.mean(axis=0, dtype=np.float64).astype(np.float32),
     )
 
 
@@ -114,7 +114,8 @@ async def publish_version(
     Raises VersionConflict when the content is there with other immutable metadata or was deleted, and Conflict when
     the whole vector was deleted. Writers of one name take turns on the vector's row, so numbers have no gap.
     """
-    parents = await _resolve_parents(session, metadata.parents)
+    # A job may end after one of its sources was deleted: what it was made from stays true.
+    parents = await _resolve_parents(session, metadata.parents, deleted=job is not None)
     # The row lock of this statement is the queue of writers; a rollback gives the number back.
     vector = (
         await session.execute(
@@ -130,7 +131,13 @@ async def publish_version(
                 actor=actor,
             )
             .on_conflict_do_update(
-                index_elements=[VectorRow.namespace, VectorRow.name], set_={"last_version": VectorRow.last_version + 1}
+                index_elements=[VectorRow.namespace, VectorRow.name],
+                set_={
+                    "last_version": VectorRow.last_version + 1,
+                    # What all versions share and may change: the newest registration that gives it decides.
+                    "description": func.coalesce(metadata.description, VectorRow.description),
+                    "tags": VectorRow.tags.concat(metadata.tags),
+                },
             )
             .returning(VectorRow),
             execution_options={"populate_existing": True},
@@ -169,22 +176,21 @@ async def publish_version(
         )
     ).scalar_one_or_none()
     if version is None:
-        return await _existing(session, vector, initialization, stored, values, parents), False
+        found = await _existing(session, vector, initialization, stored)
+        if job is None:  # a job has found out what it was asked to find out, whatever its options were
+            _check_same_metadata(found, values, parents)
+        await _add_evaluations(session, found, metadata, predictions, job)
+        return found, False
     edges = [ParentRow(version_id=version.id, position=i, **parent) for i, parent in enumerate(parents)]
-    digests = [*predictions, *([None] * (len(metadata.metrics) - len(predictions)))]
-    figures = [
-        EvaluationRow(version_id=version.id, job_id=job, predictions=digest, **metric.model_dump())
-        for metric, digest in zip(metadata.metrics, digests, strict=True)
-    ]
-    session.add_all([*edges, *figures])
-    await session.flush()
+    set_committed_value(version, "evaluations", [])
+    session.add_all(edges)
+    await _add_evaluations(session, version, metadata, predictions, job)
     # All that belongs to a new version is known here; asking the database for it again would double its work.
     related = {
         "vector": vector,
         "initialization": initialization,
         "aliases": [],
         "parents": edges,
-        "evaluations": figures,
     }
     for attribute, value in related.items():
         set_committed_value(version, attribute, value)
@@ -196,8 +202,6 @@ async def _existing(
     vector: VectorRow,
     initialization: InitializationRow,
     stored: StoredVector,
-    values: dict[str, Any],
-    parents: Sequence[dict[str, Any]],
 ) -> VersionRow:
     """The version that has this content already; the number taken above is given back."""
     vector.last_version -= 1
@@ -217,6 +221,12 @@ async def _existing(
             f"this content is {reference}, which was deleted; bring it back: tpv vector restore {reference}",
             reference=reference,
         )
+    return version
+
+
+def _check_same_metadata(version: VersionRow, values: dict[str, Any], parents: Sequence[dict[str, Any]]) -> None:
+    """Raises VersionConflict when a version that has the content already was made otherwise."""
+    reference = f"{version.vector.namespace}/{version.vector.name}:{version.number}"
     there = {key: getattr(version, key) for key in values}
     differences: dict[str, Any] = {
         key: [there[key], values[key]] for key in values if values[key] and values[key] != there[key]
@@ -230,7 +240,24 @@ async def _existing(
             reference=reference,
             differences=differences,
         )
-    return version
+
+
+async def _add_evaluations(
+    session: AsyncSession,
+    version: VersionRow,
+    metadata: VersionCreate,
+    predictions: Sequence[str | None],
+    job: UUID | None,
+) -> None:
+    """Adds the figures that the version does not have yet."""
+    digests = [*predictions, *([None] * (len(metadata.metrics) - len(predictions)))]
+    known = {(e.dataset, e.split, e.metric, e.value, e.seed, e.n) for e in version.evaluations}
+    for metric, digest in zip(metadata.metrics, digests, strict=True):
+        if tuple(metric.model_dump().values()) not in known:
+            version.evaluations.append(
+                EvaluationRow(version_id=version.id, job_id=job, predictions=digest, **metric.model_dump())
+            )
+    await session.flush()
 
 
 def _check_same_task(vector: VectorRow, metadata: VersionCreate) -> None:
@@ -247,10 +274,10 @@ def _check_same_task(vector: VectorRow, metadata: VersionCreate) -> None:
         )
 
 
-async def _resolve_parents(session: AsyncSession, parents: Sequence[Parent]) -> list[dict[str, Any]]:
+async def _resolve_parents(session: AsyncSession, parents: Sequence[Parent], *, deleted: bool) -> list[dict[str, Any]]:
     resolved = []
     for parent in parents:
-        row = await queries.resolve_version(session, parent.reference)
+        row = await queries.resolve_version(session, parent.reference, deleted=deleted)
         if parent.fingerprint:
             check_declared(parent.fingerprint, row.fingerprint)
         resolved.append(
@@ -359,6 +386,7 @@ async def ensure_base_model(
     )
     found = select(BaseModelRow).where(*where).order_by(BaseModelRow.id).limit(1)
     if row := await session.scalar(found):
+        _check_same_model(row, facts)
         return row
     await session.execute(
         insert(BaseModelRow)
@@ -367,4 +395,15 @@ async def ensure_base_model(
     )
     row = await session.scalar(found)
     assert row is not None  # made by us or by somebody faster
+    _check_same_model(row, facts)
     return row
+
+
+def _check_same_model(row: BaseModelRow, facts: BaseModelFacts) -> None:
+    """Raises Conflict when something else is known of the model with this digest."""
+    given = facts.model_dump(exclude_none=True)
+    if different := {name: [getattr(row, name), value] for name, value in given.items() if getattr(row, name) != value}:
+        raise Conflict(
+            f"base model {row.name} is known with another {', '.join(different)}; read these off the model itself",
+            differences=different,
+        )

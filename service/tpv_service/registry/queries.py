@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -52,14 +53,14 @@ def named(reference: Reference) -> ColumnElement[bool]:
     return (VectorRow.namespace == reference.namespace) & (VectorRow.name == reference.name)
 
 
-async def resolve_version(session: AsyncSession, reference: str, *, full: bool = False) -> VersionRow:
-    """The version that a reference means now, not deleted: `[ns/]name`, `name:3`, `name@alias`, or an id."""
+async def resolve_version(session: AsyncSession, reference: str, *, deleted: bool = False) -> VersionRow:
+    """The version that a reference means now: `[ns/]name`, `name:3`, `name@alias`, or an id. Not deleted, unless asked."""
     parsed = Reference.parse(reference)
     if parsed.fingerprint:
         raise InvalidReference(
             f"{reference}: a vector is referred to by name or id, for one content may have many names"
         )
-    statement = (full_version() if full else bare_version()).where(*_NOT_DELETED)
+    statement = bare_version() if deleted else bare_version().where(*_NOT_DELETED)
     if parsed.id:
         statement = statement.where(VersionRow.id == parsed.id)
     else:
@@ -79,14 +80,14 @@ async def version_at(
         where = _selected(None, None)
     elif selector.startswith("@"):
         where = _selected(None, check_alias(selector[1:]))
-    elif selector.isdecimal() and 0 < int(selector) < 2**31:
+    elif re.fullmatch(r"[1-9][0-9]{0,8}", selector):
         where = _selected(int(selector), None)
     else:
         raise InvalidReference(f"{selector!r} is no version: use a number, @alias or {NEWEST}")
     statement = full_version() if full else bare_version()
     statement = statement.where(named(reference), VectorRow.deleted_at.is_(None), *where)
     statement = statement.order_by(VersionRow.number.desc()).limit(1)
-    if not (deleted and selector.isdecimal()):
+    if not (deleted and selector[0].isdigit()):
         statement = statement.where(VersionRow.deleted_at.is_(None))
     row = (await session.scalars(statement)).first()
     if row is None:
@@ -207,3 +208,9 @@ async def live_jobs_using(session: AsyncSession, versions: Sequence[UUID]) -> Se
         ),
     )
     return (await session.scalars(statement.limit(10))).all() if versions else []
+
+
+async def live_jobs_making(session: AsyncSession, namespace: str, name: str) -> Sequence[UUID]:
+    """Jobs that are queued or running and will register under this name."""
+    where = JobRow.output_namespace == namespace, JobRow.output_name == name
+    return (await session.scalars(select(JobRow.id).where(JobRow.state.in_(["queued", "running"]), *where))).all()

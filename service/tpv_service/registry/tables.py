@@ -163,6 +163,21 @@ class AliasChangeRow(Table):
     at: Mapped[CreatedAt]
 
 
+class ChangeRow(Table):
+    """One change to a vector or to one of its versions after it was registered: who, when, what. Never changed."""
+
+    __tablename__ = "changes"
+    __table_args__ = (Index(None, "vector_id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    vector_id: Mapped[UUID] = mapped_column(ForeignKey(VectorRow.id))
+    version: Mapped[int | None]  #: None: the whole vector
+    action: Mapped[str]  #: delete, restore or update
+    data: Mapped[dict[str, Any]]
+    actor: Mapped[str]
+    at: Mapped[CreatedAt]
+
+
 class EvaluationRow(Table):
     """One measured figure of a version, with its predictions when a job made it."""
 

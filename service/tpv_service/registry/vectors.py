@@ -8,14 +8,14 @@ from fastapi import APIRouter, Depends, Query
 from sqlalchemy import func, select
 from sqlalchemy.orm import selectinload
 
-from tpv.errors import Invalid
+from tpv.errors import InUse, Invalid
 from tpv.schemas.base import Name, Page
 from tpv.schemas.vectors import Vector, VectorUpdate
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.db import Session
 from tpv_service.pagination import PagingQuery, page
 from tpv_service.registry import queries
-from tpv_service.registry.tables import BaseModelRow, InitializationRow, VectorRow, VersionRow
+from tpv_service.registry.tables import BaseModelRow, ChangeRow, InitializationRow, VectorRow, VersionRow
 from tpv_service.registry.versions import refuse_if_used
 from tpv_service.registry.views import vector_view
 
@@ -85,11 +85,13 @@ async def get_vector(session: Session, _: Reader, namespace: Name, name: Name) -
 
 
 @router.patch("/{namespace}/{name}")
-async def update_vector(session: Session, _: Writer, namespace: Name, name: Name, changes: VectorUpdate) -> Vector:
+async def update_vector(session: Session, actor: Writer, namespace: Name, name: Name, changes: VectorUpdate) -> Vector:
     """Changes description, task type or tags; what is not given stays."""
     row = await queries.vector_by_name(session, namespace, name, lock=True)
     for member in changes.model_fields_set:
         setattr(row, member, getattr(changes, member) if member != "tags" else changes.tags or {})
+    change = {"action": "update", "data": changes.model_dump(exclude_unset=True)}
+    session.add(ChangeRow(vector_id=row.id, actor=actor.name, **change))
     await session.flush()
     return await _view(session, row)
 
@@ -97,7 +99,7 @@ async def update_vector(session: Session, _: Writer, namespace: Name, name: Name
 @router.delete("/{namespace}/{name}")
 async def delete_vector(
     session: Session,
-    _: Writer,
+    actor: Writer,
     namespace: Name,
     name: Name,
     force: Annotated[bool, Query(description="Also when an alias or a descendant points there.")] = False,
@@ -107,15 +109,19 @@ async def delete_vector(
     if not force:
         versions = await session.scalars(queries.full_version().where(VersionRow.vector_id == row.id))
         await refuse_if_used(session, list(versions))
+        if jobs := await queries.live_jobs_making(session, namespace, name):
+            raise InUse(f"job {jobs[0]} will register under this name; cancel it first: tpv job cancel {jobs[0]}")
     row.deleted_at = func.now()  # an SQL expression until the flush
+    session.add(ChangeRow(vector_id=row.id, action="delete", data={"force": force}, actor=actor.name))
     await session.flush()
     return await _view(session, await queries.vector_by_name(session, namespace, name, deleted=True))
 
 
 @router.post("/{namespace}/{name}/restore")
-async def restore_vector(session: Session, _: Writer, namespace: Name, name: Name) -> Vector:
+async def restore_vector(session: Session, actor: Writer, namespace: Name, name: Name) -> Vector:
     """Brings a deleted vector back."""
     row = await queries.vector_by_name(session, namespace, name, lock=True, deleted=True)
     row.deleted_at = None
+    session.add(ChangeRow(vector_id=row.id, action="restore", data={}, actor=actor.name))
     await session.flush()
     return await _view(session, row)

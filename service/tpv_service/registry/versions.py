@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
+from fastapi import APIRouter, Depends, Form, Path, Query, Request, UploadFile
 from fastapi.responses import Response
 from pydantic import Json
 from sqlalchemy import func, update
@@ -17,12 +17,12 @@ from tpv.schemas.vectors import Version, VersionCreate
 from tpv.vectors import Float32, as_prompt
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.content import content_response
-from tpv_service.db import Session
+from tpv_service.db import Session, release
 from tpv_service.idempotency import IdempotentRequest
 from tpv_service.pagination import PagingQuery, page
 from tpv_service.registry import publish, queries
 from tpv_service.registry.publish import StoredVector
-from tpv_service.registry.tables import VersionRow
+from tpv_service.registry.tables import ChangeRow, VersionRow
 from tpv_service.registry.views import version_view
 from tpv_service.storage import BlobStore
 
@@ -45,6 +45,7 @@ async def register_version(
     """Registers a vector: the file holds one tensor, `prompt` (P*) or `vector` (T). Equal content again is a 200."""
     initialization = await queries.resolve_initialization(session, metadata.initialization)
     content, store = await file.read(), request.state.store
+    await release(session)
     stored = await run_in_threadpool(_store_upload, store, initialization.digest, content, metadata.fingerprint)
     if kept := await idempotency.begin(session, actor.name, metadata, stored.fingerprint):
         return kept
@@ -97,7 +98,7 @@ async def get_version_content(
     """T as safetensors, tensor `vector`, (num_virtual_tokens, token_dim) float32."""
     row = await queries.version_at(session, namespace, name, v, full=False)
     return await content_response(
-        request, row.digest, media_type="application/octet-stream", filename=f"{name}-{row.number}.safetensors"
+        request, session, row.digest, media_type="application/octet-stream", filename=f"{name}-{row.number}.safetensors"
     )
 
 
@@ -110,35 +111,47 @@ async def get_version_state(
     if row.state is None:
         raise NotFound(f"{namespace}/{name}:{row.number} keeps no tensors of its method")
     return await content_response(
-        request, row.state, media_type="application/octet-stream", filename=f"{name}-{row.number}-state.safetensors"
+        request,
+        session,
+        row.state,
+        media_type="application/octet-stream",
+        filename=f"{name}-{row.number}-state.safetensors",
     )
 
 
 @router.delete("/versions/{v}")
 async def delete_version(
     session: Session,
-    _: Writer,
+    actor: Writer,
     namespace: Name,
     name: Name,
-    v: str,
+    v: Annotated[str, Path(pattern=r"^[0-9]+$", description="A number: aliases move, and this is repeated safely.")],
     force: Annotated[bool, Query(description="Also when an alias or a descendant points there.")] = False,
 ) -> Version:
     """Deletes a version softly; `restore` brings it back, and its number is never used again."""
     await queries.vector_by_name(session, namespace, name, lock=True)
-    row = await queries.version_at(session, namespace, name, v)
+    row = await queries.version_at(session, namespace, name, v, deleted=True)
+    if row.deleted_at:
+        return version_view(row)
     if not force:
         await refuse_if_used(session, [row])
     await session.execute(update(VersionRow).where(VersionRow.id == row.id).values(deleted_at=func.now()))
+    session.add(_change(row, "delete", actor, {"force": force}))
     return version_view(await queries.reload_version(session, row))
 
 
 @router.post("/versions/{v}/restore")
-async def restore_version(session: Session, _: Writer, namespace: Name, name: Name, v: str) -> Version:
+async def restore_version(session: Session, actor: Writer, namespace: Name, name: Name, v: str) -> Version:
     """Brings a deleted version back."""
     await queries.vector_by_name(session, namespace, name, lock=True)
     row = await queries.version_at(session, namespace, name, v, deleted=True)
     await session.execute(update(VersionRow).where(VersionRow.id == row.id).values(deleted_at=None))
+    session.add(_change(row, "restore", actor, {}))
     return version_view(await queries.reload_version(session, row))
+
+
+def _change(row: VersionRow, action: str, actor: Actor, data: dict[str, Any]) -> ChangeRow:
+    return ChangeRow(vector_id=row.vector_id, version=row.number, action=action, data=data, actor=actor.name)
 
 
 async def refuse_if_used(session: Session, rows: list[VersionRow]) -> None:

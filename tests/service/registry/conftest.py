@@ -16,7 +16,7 @@ def start() -> np.ndarray:
 
 @pytest.fixture
 async def family(client: tpv.AsyncClient, start: np.ndarray) -> Initialization:
-    return await client.initializations.create("family", base_model="tiny-t5", revision="abc123", tensor=start)
+    return await client.initializations.create("family", base_model="tiny-t5", revision="a" * 40, tensor=start)
 
 
 def prompt_near(start: np.ndarray, seed: int) -> np.ndarray:

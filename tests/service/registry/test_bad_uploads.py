@@ -108,6 +108,7 @@ async def test_a_body_over_the_limit_is_refused_after_reading_little(http, famil
     assert answer.status_code == 413
     assert answer.json()["type"] == "urn:tpv:problem:too-large"
     assert str(settings.upload_limit) in answer.json()["detail"]
+    assert sent <= (0 if declared else settings.upload_limit) + 2**20
 
 
 async def test_a_zero_byte_in_a_text_is_refused(http, family, start):

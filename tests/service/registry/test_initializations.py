@@ -9,7 +9,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_the_same_tensor_of_one_base_model_is_one_initialization(client, family, start):
-    again = await client.initializations.create("family", base_model="tiny-t5", revision="abc123", tensor=start)
+    again = await client.initializations.create("family", base_model="tiny-t5", revision="a" * 40, tensor=start)
 
     assert again.id == family.id
     assert family.created
@@ -19,12 +19,12 @@ async def test_the_same_tensor_of_one_base_model_is_one_initialization(client, f
 
 async def test_the_same_tensor_under_another_name_is_refused_with_the_known_name(client, family, start):
     with pytest.raises(errors.Conflict, match="default/family"):
-        await client.initializations.create("other", base_model="tiny-t5", revision="abc123", tensor=start)
+        await client.initializations.create("other", base_model="tiny-t5", revision="a" * 40, tensor=start)
 
 
 async def test_a_name_belongs_to_one_tensor_for_ever(client, family, start):
     with pytest.raises(errors.Conflict, match="permanent"):
-        await client.initializations.create("family", base_model="tiny-t5", revision="abc123", tensor=start + 1)
+        await client.initializations.create("family", base_model="tiny-t5", revision="a" * 40, tensor=start + 1)
 
 
 async def test_a_base_model_without_a_commit_is_refused_unless_asked_for(client, start):
@@ -51,7 +51,7 @@ async def test_an_unknown_one_says_where_to_look(client):
 async def test_the_list_goes_over_pages(client, start):
     names = [f"init-{i}" for i in range(5)]
     for i, name in enumerate(names):
-        await client.initializations.create(name, base_model="tiny-t5", revision="abc123", tensor=start + i)
+        await client.initializations.create(name, base_model="tiny-t5", revision="a" * 40, tensor=start + i)
 
     assert [found.name async for found in client.initializations.list()] == names
 

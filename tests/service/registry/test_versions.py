@@ -187,12 +187,14 @@ async def test_a_failing_commit_is_an_error_and_never_a_201(app, http, client, f
         raise RuntimeError("the disk is full")
 
     event.listen(Session, "before_commit", fail)
-    answer = await http.post(
-        "/api/v1/vectors/default/mnli/versions",
-        data={"metadata": '{"initialization": "family"}'},
-        files={"file": files.dump({"prompt": prompt_near(start, 1)})},
-    )
-    event.remove(Session, "before_commit", fail)
+    try:
+        answer = await http.post(
+            "/api/v1/vectors/default/mnli/versions",
+            data={"metadata": '{"initialization": "family"}'},
+            files={"file": files.dump({"prompt": prompt_near(start, 1)})},
+        )
+    finally:
+        event.remove(Session, "before_commit", fail)
 
     assert answer.status_code == 500
     assert (await http.get("/api/v1/vectors/default/mnli")).status_code == 404

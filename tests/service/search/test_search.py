@@ -18,7 +18,7 @@ async def vectors(client: tpv.AsyncClient) -> dict[str, np.ndarray]:
     """A target `rte` and six sources `s0` ... `s5` of one family."""
     random = np.random.default_rng(3)
     start = random.normal(size=(ROWS, WIDTH)).astype(np.float32)
-    await client.initializations.create("family", base_model="tiny-t5", revision="abc", tensor=start)
+    await client.initializations.create("family", base_model="tiny-t5", revision="a" * 40, tensor=start)
     common = random.normal(size=WIDTH)
     made = {}
     for name in ["rte", *(f"s{i}" for i in range(6))]:
@@ -100,7 +100,7 @@ async def test_without_candidates_the_whole_family_is_grouped(client, vectors):
 
 async def test_vectors_of_another_initialization_are_refused_field_by_field(client, vectors):
     start = np.zeros((ROWS, WIDTH), dtype=np.float32)
-    await client.initializations.create("other", base_model="tiny-t5", revision="abc", tensor=start)
+    await client.initializations.create("other", base_model="tiny-t5", revision="a" * 40, tensor=start)
     await client.vectors.register("stranger", vector=start + 1, initialization="other", task="z")
 
     with pytest.raises(errors.IncompatibleVectors, match=r"family.*other") as caught:

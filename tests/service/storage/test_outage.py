@@ -44,7 +44,7 @@ async def register(http, seed: int):
 
 async def test_an_outage_is_a_503_that_leaves_nothing_and_passes(http, client, server):
     start = np.zeros((2, 3), dtype=np.float32)
-    await client.initializations.create("family", base_model="m", revision="r", tensor=start)
+    await client.initializations.create("family", base_model="m", revision="a" * 40, tensor=start)
     assert (await register(http, 1)).status_code == 201
 
     server.stop()

@@ -5,5 +5,8 @@ from pathlib import Path
 MODEL_DIRECTORY = Path(__file__).parent / "model"
 """The pre-trained model, an ordinary transformers directory with its tokenizer (1.0 MB)."""
 
-BASE_MODEL, REVISION = "tpv-registry/lab-t5", "1"
+BASE_MODEL = "tpv-registry/lab-t5"
 """Its name in the registry: it comes with the worker, wherever that is installed."""
+
+REVISION = "cbf004fb624894bfaacf22f5d7e9e0cec37ec165"
+"""Its revision there: the sha256 of its weights file, cut to the length of a commit."""

@@ -95,7 +95,7 @@ def measure(store: str, ours: httpx.Client, floor: httpx.Client, requests: int) 
     start = np.zeros(SHAPE, dtype=np.float32)
     ours.post(
         "/api/v1/initializations",
-        data={"metadata": f'{{"name": "{store}", "base_model": {{"id": "m", "revision": "{"a" * 40}"}}}}'},
+        data={"metadata": f'{{"name": "{store}", "base_model": {{"id": "m-{store}", "unpinned": true}}}}'},
         files={"file": files.dump({"prompt": start})},
     ).raise_for_status()
     random = np.random.default_rng(0)

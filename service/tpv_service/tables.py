@@ -18,7 +18,24 @@ from tpv_service.registry.tables import (
 )
 
 __all__ = [
-    "AliasChangeRow", "AliasRow", "AttemptRow", "BaseModelRow", "ChangeRow", "DatasetRow", "DatasetVersionRow", "EvaluationRow",
-    "EventRow", "IdempotencyRow", "InitializationRow", "JobRow", "NeedRow", "ParentRow", "SplitRow", "StagedRow",
-    "Table", "TokenRow", "VectorRow", "VersionRow",
-]  # fmt: skip
+    "AliasChangeRow",
+    "AliasRow",
+    "AttemptRow",
+    "BaseModelRow",
+    "ChangeRow",
+    "DatasetRow",
+    "DatasetVersionRow",
+    "EvaluationRow",
+    "EventRow",
+    "IdempotencyRow",
+    "InitializationRow",
+    "JobRow",
+    "NeedRow",
+    "ParentRow",
+    "SplitRow",
+    "StagedRow",
+    "Table",
+    "TokenRow",
+    "VectorRow",
+    "VersionRow",
+]

@@ -428,7 +428,7 @@ class Lab:
             finally:
                 process.terminate()
                 try:
-                    process.wait(10)
+                    process.wait(30)  # as stop_grace_period
                 except subprocess.TimeoutExpired:
                     process.kill()
                     raise

@@ -280,7 +280,7 @@ def test_a_cancelled_job_stops_its_attempt(
 ) -> None:
     [attempt] = attempts_of(worker_of(stack))
     running.cancel()
-    eventually(lambda: gone(attempt), seconds=2)
+    eventually(lambda: gone(attempt), seconds=20)
     training(client, model_paths["decoder-only"], **FAST).wait(timeout=60)
 
 
@@ -288,8 +288,9 @@ def test_the_job_of_a_killed_worker_is_taken_by_the_next_one(stack: tuple[str, i
     worker = worker_of(stack)
     processes = [worker, *worker.children(recursive=True)]
     worker.kill()
-    eventually(lambda: all(map(gone, processes)), seconds=5)
-    eventually(lambda: running.refresh().state == "queued", seconds=30)
-    assert running.reason == "worker-lost"
-    eventually(lambda: running.refresh().state == "running")
-    assert [(attempt.number, attempt.state) for attempt in running.attempts] == [(1, "superseded"), (2, "running")]
+    eventually(lambda: all(map(gone, processes)), seconds=20)
+    eventually(
+        lambda: [(a.number, a.state) for a in running.refresh().attempts] == [(1, "superseded"), (2, "running")],
+        seconds=90,
+    )
+    assert "worker-lost" in [event.data.get("reason") for event in running.events()]

@@ -157,7 +157,8 @@ def test_a_second_one_says_who_runs_and_touches_nothing(up: Callable[..., Up], p
 def test_kill_9_of_the_parent_takes_the_children_along(up: Callable[..., Up]) -> None:
     first = up(workers=1)
     made = register(first.url)
-    time.sleep(1)  # the worker starts
+    while not any("tpv_worker" in " ".join(process.cmdline()) for process in first.family()):
+        time.sleep(0.05)
     family = first.family()
     port = int(first.url.rsplit(":", 1)[1])
 

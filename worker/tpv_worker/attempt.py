@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 import tpv
-from tpv import Client, files
+from tpv import Client, Retries, files
 from tpv.errors import ConnectionFailed, JobFinished, ProblemError, StaleAttempt, Unavailable
 from tpv.methods import InitializeOptions, TrainingOptions, options_of
 from tpv.schemas.initializations import BaseModelFacts, BaseModelReference

@@ -113,7 +113,7 @@ async def any_token(session: AsyncSession) -> bool:
 
 
 async def ensure_initial_token(session: AsyncSession, token: str) -> None:
-    """The first token comes from the environment; a later start with the same one, or another replica's, changes nothing.
+    """The first token comes from the environment; a later start, or another replica's, with the same changes nothing.
 
     Its name tells tokens apart that were set one after another.
     """

@@ -54,7 +54,7 @@ def named(reference: Reference) -> ColumnElement[bool]:
 
 
 async def resolve_version(session: AsyncSession, reference: str, *, deleted: bool = False) -> VersionRow:
-    """The version that a reference means now: `[ns/]name`, `name:3`, `name@alias`, or an id. Not deleted, unless asked."""
+    """The version that a reference means now: `[ns/]name`, `name:3`, `name@alias`, or an id. A deleted one if asked."""
     parsed = Reference.parse(reference)
     if parsed.fingerprint:
         raise InvalidReference(

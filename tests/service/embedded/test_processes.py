@@ -18,8 +18,11 @@ ENV = dict(os.environ)
 def test_a_closed_group_leaves_nothing_running(tmp_path: Path, alive_after: AliveAfter) -> None:
     with ProcessGroup(tmp_path / "log") as group:
         shell = group.start("shell", ["sh", "-c", "sleep 60 & sleep 60"], env=ENV)
-        time.sleep(0.2)
-        family = [psutil.Process(shell.pid), *psutil.Process(shell.pid).children()]
+        for _ in range(100):
+            family = [psutil.Process(shell.pid), *psutil.Process(shell.pid).children()]
+            if len(family) == 3:
+                break
+            time.sleep(0.1)
         assert len(family) == 3
 
     shell.wait()

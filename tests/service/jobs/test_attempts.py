@@ -393,6 +393,9 @@ async def test_the_search_for_lost_jobs_outlives_the_database(settings: Settings
     engine = create_engine(away)
     with capture_logs() as logs:
         async with watch_stalled_jobs(away, create_sessionmaker(engine), Queue(away)):
-            await asyncio.sleep(0.5)
+            for _ in range(600):
+                if len(logs) >= 2:
+                    break
+                await asyncio.sleep(0.05)
 
     assert [entry["event"] for entry in logs][:2] == ["cannot look for jobs of lost workers"] * 2

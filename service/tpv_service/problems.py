@@ -83,7 +83,11 @@ def invalid_request(error: RequestValidationError) -> Invalid:
 
 
 class BodyLimit:
-    """Refuses a body over the limit: at once by its declared length, else as soon as the bytes received pass it."""
+    """Refuses a body over the limit: at once by its declared length, else as soon as the bytes received pass it.
+
+    Whatever is answered before the body has come to its end closes the connection; the server would go on reading,
+    and throwing away, the rest of it otherwise.
+    """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app, self.limit = app, limit
@@ -93,21 +97,28 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         too_large = TooLarge(f"a request's body may have {self.limit} bytes (TPV_UPLOAD_LIMIT)", limit=self.limit)
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self.limit:
-            await answer(too_large)(scope, receive, send)
-            return
-        received = 0
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "0")
+        received, open_ended = 0, declared != "0" or "transfer-encoding" in headers
 
         async def counted() -> Message:
-            nonlocal received
+            nonlocal received, open_ended
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.limit:
                 raise HTTPException(413) from too_large
+            open_ended = open_ended and message.get("more_body", False)
             return message
 
-        await self.app(scope, counted, send)
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and open_ended:
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        if not re.fullmatch("[0-9]{1,18}", declared) or int(declared) > self.limit:
+            await answer(too_large)(scope, receive, closing)
+            return
+        await self.app(scope, counted, closing)
 
 
 class LoopbackOnly:

@@ -49,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     middleware = [Middleware(problems.BodyLimit, limit=settings.upload_limit)]
     if not settings.authentication:
-        middleware.insert(0, Middleware(problems.LoopbackOnly))
+        middleware.append(Middleware(problems.LoopbackOnly))
     app = FastAPI(
         title="TPV registry",
         description="Task prompt vectors: stored, found, grouped, combined and produced.",

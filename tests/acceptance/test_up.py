@@ -1,22 +1,18 @@
 """`tpv up` as a real process: starts, stops, is killed, comes back."""
 
 import json
-import os
-import queue
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+from tests.acceptance.conftest import Up
 
 import tpv
 from tpv.schemas.initializations import Initialization
@@ -24,79 +20,6 @@ from tpv.schemas.initializations import Initialization
 pytestmark = pytest.mark.slow
 
 CHILDREN = 3  # guard, PostgreSQL, API
-
-
-class Up:
-    """A running `tpv up`."""
-
-    def __init__(self, data_dir: Path, *, workers: int = 0, port: int = 0) -> None:
-        started = time.monotonic()
-        args = ["up", "--data-dir", str(data_dir), "--port", str(port), "--workers", str(workers)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tpv.cli.main", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert self.process.stdout
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=_read, args=(self.process.stdout, self._lines))
-        self._reader.start()
-        self.url = self.wait_for("ready at ").split()[-1]
-        self.seconds = time.monotonic() - started
-
-    def wait_for(self, text: str, seconds: float = 60) -> str:
-        deadline = time.monotonic() + seconds
-        while True:
-            line = self._lines.get(timeout=max(0.01, deadline - time.monotonic()))
-            if text in line:
-                return line
-
-    def family(self) -> list[psutil.Process]:
-        """All processes below `tpv up`."""
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def child(self, *words: str) -> psutil.Process:
-        """The child whose command line has these words."""
-        (found,) = [
-            child
-            for child in psutil.Process(self.process.pid).children()
-            if all(any(word in part for part in child.cmdline()) for word in words)
-        ]
-        return found
-
-    def end(self) -> int:
-        self.process.wait(30)
-        self._reader.join(30)
-        assert self.process.stdout
-        self.process.stdout.close()
-        return self.process.returncode
-
-
-def _read(stream: IO[str], lines: "queue.SimpleQueue[str]") -> None:
-    for line in stream:
-        lines.put(line.rstrip())
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """An empty directory that the Postgres user can pass through; pytest's own `tmp_path` is private to us."""
-    with tempfile.TemporaryDirectory(prefix="tpv-") as directory:
-        if os.geteuid() == 0:
-            Path(directory).chmod(0o711)
-        yield Path(directory)
-
-
-@pytest.fixture
-def up(place: Path) -> Iterator[Callable[..., Up]]:
-    running = []
-
-    def start(name: str = "data", **options: int) -> Up:
-        running.append(Up(place / name, **options))
-        return running[-1]
-
-    yield start
-    for each in running:
-        if each.process.poll() is None:
-            each.process.terminate()
-            each.end()
 
 
 def alive_after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:

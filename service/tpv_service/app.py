@@ -13,11 +13,12 @@ from starlette.middleware import Middleware
 from tpv_service import health, logs, problems
 from tpv_service.auth.tokens import ensure_initial_token
 from tpv_service.datasets import endpoints as datasets
-from tpv_service.db import create_engine, create_sessionmaker
+from tpv_service.db import create_engine, create_reader, create_sessionmaker
 from tpv_service.jobs import endpoints as jobs
 from tpv_service.jobs.stalled import watch_stalled_jobs
 from tpv_service.queue import Queue
 from tpv_service.registry import aliases, evaluations, initializations, vectors, versions
+from tpv_service.registry.queries import KnownInitializations
 from tpv_service.search import endpoints as search
 from tpv_service.settings import Settings
 from tpv_service.storage import BlobStore, create_store
@@ -28,6 +29,8 @@ class State(TypedDict):
 
     settings: Settings
     sessions: async_sessionmaker[AsyncSession]
+    readers: async_sessionmaker[AsyncSession]
+    initializations: KnownInitializations
     store: BlobStore
     queue: Queue
 
@@ -44,7 +47,14 @@ def create_app(settings: Settings) -> FastAPI:
                 await ensure_initial_token(session, settings.initial_token.get_secret_value())
         queue = Queue(settings)
         async with watch_stalled_jobs(settings, sessions, queue):
-            yield State(settings=settings, sessions=sessions, store=create_store(settings), queue=queue)
+            yield State(
+                settings=settings,
+                sessions=sessions,
+                readers=(readers := create_reader(engine)),
+                initializations=KnownInitializations(readers),
+                store=create_store(settings),
+                queue=queue,
+            )
         await engine.dispose()
 
     middleware = [Middleware(problems.BodyLimit, limit=settings.upload_limit)]

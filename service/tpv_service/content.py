@@ -26,7 +26,7 @@ async def content_response(
     }
     if _matches(request.headers.get("if-none-match", ""), digest):
         return Response(status_code=304, headers=headers)
-    if url := await run_in_threadpool(store.presigned_url, digest):
+    if url := store.presigned_url(digest):
         return RedirectResponse(url, 307, {"Cache-Control": "no-store"})
     content = await run_in_threadpool(store.get, digest)
     span = _span(request.headers.get("range"), len(content))

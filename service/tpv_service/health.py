@@ -18,7 +18,7 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz")
 async def readyz(request: Request) -> dict[str, str]:
     """Database and blob store answer; 503 otherwise."""
-    async with request.state.sessions() as session:
+    async with request.state.readers() as session:
         await session.execute(text("select 1"))
     await run_in_threadpool(request.state.store.check)
     return {"status": "ready"}

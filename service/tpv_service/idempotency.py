@@ -28,8 +28,8 @@ class Idempotency:
     meanwhile waits for the first.
     """
 
-    def __init__(self, request: Request, key: KeyHeader = None) -> None:
-        self.path, self.key = request.url.path, key
+    def __init__(self, path: str, key: str | None) -> None:
+        self.path, self.key = path, key
 
     async def begin(self, session: AsyncSession, actor: str, *asked: Any) -> JSONResponse | None:
         """The answer that the same key got before; raises IdempotencyConflict when that asked for something else."""
@@ -63,4 +63,8 @@ class Idempotency:
         return IdempotencyRow.actor == self.actor, IdempotencyRow.key == self.key
 
 
-IdempotentRequest = Annotated[Idempotency, Depends()]
+async def _of_request(request: Request, key: KeyHeader = None) -> Idempotency:
+    return Idempotency(request.url.path, key)
+
+
+IdempotentRequest = Annotated[Idempotency, Depends(_of_request)]

@@ -1,6 +1,6 @@
 """Blobs: files addressed by the sha256 of their content, in a directory or in a bucket of any S3 endpoint.
 
-Both stores block; the service calls them in threads. What `put` has returned from is durable.
+Both stores block, all but `presigned_url`; the service calls them in threads. What `put` has returned from is durable.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BlobStore(Protocol):
         """The digest of every blob that is there."""
 
     def presigned_url(self, digest: str) -> str | None:
-        """A URL that a client may download from, if the store can give one."""
+        """A URL that a client may download from, if the store can give one. Computed here; asks nobody."""
 
     def check(self) -> None:
         """Raises Unavailable when nothing can be stored."""

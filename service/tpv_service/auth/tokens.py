@@ -44,7 +44,7 @@ class Allowed:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Unauthorized("send a token: Authorization: Bearer ... (client and CLI: TPV_TOKEN)")
-        async with request.state.sessions() as session:
+        async with request.state.readers() as session:
             row = await _valid_token(session, token)
         if row is None:
             raise Unauthorized("the token is unknown, expired or revoked; ask an administrator for a new one")

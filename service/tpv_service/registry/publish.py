@@ -7,22 +7,24 @@ together. A crash between the two leaves an unreferenced blob and nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
 import numpy as np
-from sqlalchemy import func, select
+from sqlalchemy import Select, bindparam, func, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.attributes import set_committed_value
+from uuid_utils.compat import uuid7
 
 from tpv import files
 from tpv.errors import Conflict, FingerprintMismatch, IncompatibleVectors, Invalid, InvalidTensor, VersionConflict
 from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
 from tpv.schemas.vectors import Parent, VersionCreate
 from tpv.vectors import Float32, as_prompt
+from tpv_service.db import Table
 from tpv_service.registry import queries
 from tpv_service.registry.tables import (
     BaseModelRow,
@@ -96,6 +98,51 @@ def store_vector(
     )
 
 
+_VECTOR = tuple(column.key for column in Table.metadata.tables["vectors"].c)
+_STORED = tuple(field.name for field in fields(StoredVector))
+
+
+def _next_version() -> Select[Any]:
+    """One statement that takes the next number of a name and makes the version; `made_at` is null when it exists.
+
+    The row lock on the vector is the queue of writers; a rollback gives the number back. Built once: composing it
+    for every request would take longer than Postgres does.
+    """
+    vectors, versions = Table.metadata.tables["vectors"], Table.metadata.tables["versions"]
+    shared = ("namespace", "name", "tasks", "task_type", "description", "tags", "actor")
+    first = insert(vectors).values(
+        id=bindparam("vector"), last_version=1, **{column: bindparam(column) for column in shared}
+    )
+    vector = (
+        first.on_conflict_do_update(
+            index_elements=[vectors.c.namespace, vectors.c.name],
+            set_={
+                "last_version": vectors.c.last_version + 1,
+                # What all versions share and may change: the newest registration that gives it decides.
+                "description": func.coalesce(first.excluded.description, vectors.c.description),
+                "tags": vectors.c.tags.concat(first.excluded.tags),
+            },
+        )
+        .returning(*vectors.c)
+        .cte("vector")
+    )
+    columns = [c for c in versions.c if c.key not in ("vector_id", "number", "created_at", "deleted_at")]
+    made = (
+        insert(versions)
+        .from_select(
+            ["vector_id", "number", *(column.key for column in columns)],
+            select(vector.c.id, vector.c.last_version, *(bindparam(c.key, type_=c.type) for c in columns)),
+        )
+        .on_conflict_do_nothing(index_elements=["vector_id", "fingerprint", "initialization_id"])
+        .returning(versions.c.created_at)
+        .cte("made")
+    )
+    return select(vector, made.c.created_at.label("made_at")).outerjoin_from(vector, made, true())
+
+
+_NEXT_VERSION = _next_version()
+
+
 async def publish_version(
     session: AsyncSession,
     *,
@@ -116,84 +163,51 @@ async def publish_version(
     """
     # A job may end after one of its sources was deleted: what it was made from stays true.
     parents = await _resolve_parents(session, metadata.parents, deleted=job is not None)
-    # The row lock of this statement is the queue of writers; a rollback gives the number back.
-    vector = (
-        await session.execute(
-            insert(VectorRow)
-            .values(
-                namespace=namespace,
-                name=name,
-                tasks=metadata.task,
-                task_type=metadata.task_type,
-                description=metadata.description,
-                tags=metadata.tags,
-                last_version=1,
-                actor=actor,
-            )
-            .on_conflict_do_update(
-                index_elements=[VectorRow.namespace, VectorRow.name],
-                set_={
-                    "last_version": VectorRow.last_version + 1,
-                    # What all versions share and may change: the newest registration that gives it decides.
-                    "description": func.coalesce(metadata.description, VectorRow.description),
-                    "tags": VectorRow.tags.concat(metadata.tags),
-                },
-            )
-            .returning(VectorRow),
-            execution_options={"populate_existing": True},
-        )
-    ).scalar_one()
-    if vector.deleted_at:
+    made = metadata.model_dump(include={"method", "hyperparameters", "dataset_fingerprint"})
+    new = {
+        "id": uuid7(),
+        "initialization_id": initialization.id,
+        **{key: getattr(stored, key) for key in _STORED},
+        **made,
+        "state": state,
+        "provenance": metadata.provenance,
+        "job_id": job,
+        "actor": actor,
+    }
+    shared = {
+        "vector": uuid7(),
+        "namespace": namespace,
+        "name": name,
+        "tasks": metadata.task,
+        "task_type": metadata.task_type,
+        "description": metadata.description,
+        "tags": metadata.tags,
+    }
+    row = (await session.execute(_NEXT_VERSION, new | shared)).one()
+    vector = VectorRow(**{column: getattr(row, column) for column in _VECTOR})
+    if row.deleted_at:
         raise Conflict(f"vector {namespace}/{name} was deleted; bring it back: tpv vector restore {namespace}/{name}")
     _check_same_task(vector, metadata)
-    values: dict[str, Any] = {
-        "method": metadata.method,
-        "hyperparameters": metadata.hyperparameters,
-        "dataset_fingerprint": metadata.dataset_fingerprint,
-    }
-    version = (
-        await session.execute(
-            insert(VersionRow)
-            .values(
-                vector_id=vector.id,
-                number=vector.last_version,
-                initialization_id=initialization.id,
-                fingerprint=stored.fingerprint,
-                prompt_fingerprint=stored.prompt_fingerprint,
-                reconstruction_error=stored.reconstruction_error,
-                digest=stored.digest,
-                size=stored.size,
-                norm=stored.norm,
-                pooled=stored.pooled,
-                state=state,
-                provenance=metadata.provenance,
-                job_id=job,
-                actor=actor,
-                **values,
-            )
-            .on_conflict_do_nothing(index_elements=["vector_id", "fingerprint", "initialization_id"])
-            .returning(VersionRow)
-        )
-    ).scalar_one_or_none()
-    if version is None:
+    if row.made_at is None:
         found = await _existing(session, vector, initialization, stored)
         if job is None:  # a job has found out what it was asked to find out, whatever its options were
-            _check_same_metadata(found, values, parents)
+            _check_same_metadata(found, made, parents)
         await _add_evaluations(session, found, metadata, predictions, job)
         return found, False
+    version = VersionRow(**new, vector_id=vector.id, number=vector.last_version, created_at=row.made_at)
     edges = [ParentRow(version_id=version.id, position=i, **parent) for i, parent in enumerate(parents)]
-    set_committed_value(version, "evaluations", [])
     session.add_all(edges)
-    await _add_evaluations(session, version, metadata, predictions, job)
     # All that belongs to a new version is known here; asking the database for it again would double its work.
     related = {
         "vector": vector,
         "initialization": initialization,
         "aliases": [],
         "parents": edges,
+        "evaluations": [],
     }
     for attribute, value in related.items():
         set_committed_value(version, attribute, value)
+    await _add_evaluations(session, version, metadata, predictions, job)
     return version, True
 
 
@@ -204,8 +218,9 @@ async def _existing(
     stored: StoredVector,
 ) -> VersionRow:
     """The version that has this content already; the number taken above is given back."""
-    vector.last_version -= 1
-    await session.flush()
+    await session.execute(
+        update(VectorRow).where(VectorRow.id == vector.id).values(last_version=VectorRow.last_version - 1)
+    )
     version = (
         await session.execute(
             queries.full_version().where(
@@ -252,12 +267,14 @@ async def _add_evaluations(
     """Adds the figures that the version does not have yet."""
     digests = [*predictions, *([None] * (len(metadata.metrics) - len(predictions)))]
     known = {(e.dataset, e.split, e.metric, e.value, e.seed, e.n) for e in version.evaluations}
-    for metric, digest in zip(metadata.metrics, digests, strict=True):
-        if tuple(metric.model_dump().values()) not in known:
-            version.evaluations.append(
-                EvaluationRow(version_id=version.id, job_id=job, predictions=digest, **metric.model_dump())
-            )
+    added = [
+        EvaluationRow(version_id=version.id, job_id=job, predictions=digest, **metric.model_dump())
+        for metric, digest in zip(metadata.metrics, digests, strict=True)
+        if tuple(metric.model_dump().values()) not in known
+    ]
+    session.add_all(added)
     await session.flush()
+    set_committed_value(version, "evaluations", [*version.evaluations, *added])
 
 
 def _check_same_task(vector: VectorRow, metadata: VersionCreate) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal, NamedTuple, NoReturn
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, or_, select
+from sqlalchemy import ColumnElement, Select, bindparam, or_, select
 from sqlalchemy.dialects.postgresql import distinct_on
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import contains_eager, joinedload, selectinload
 
 from tpv.errors import InvalidReference, NotFound
@@ -19,6 +21,7 @@ from tpv_service.registry.tables import AliasRow, BaseModelRow, InitializationRo
 _NOT_DELETED = (VersionRow.deleted_at.is_(None), VectorRow.deleted_at.is_(None))
 
 NEWEST = "newest"  #: in a path: the newest version that is not deleted
+SelectorKind = Literal["number", "alias", "newest"]
 
 
 def full_initialization() -> Select[InitializationRow]:
@@ -64,7 +67,7 @@ async def resolve_version(session: AsyncSession, reference: str, *, deleted: boo
     if parsed.id:
         statement = statement.where(VersionRow.id == parsed.id)
     else:
-        statement = statement.where(named(parsed), *_selected(parsed.version, parsed.alias))
+        statement = statement.where(named(parsed), *_selected_by(parsed))
     row = (await session.scalars(statement.order_by(VersionRow.number.desc()).limit(1))).first()
     if row is None:
         raise NotFound(f"there is no vector {reference}; see: tpv vector list", reference=reference)
@@ -72,39 +75,83 @@ async def resolve_version(session: AsyncSession, reference: str, *, deleted: boo
 
 
 async def version_at(
-    session: AsyncSession, namespace: str, name: str, selector: str, *, full: bool = True, deleted: bool = False
+    session: AsyncSession, namespace: str, name: str, selector: str, *, deleted: bool = False
 ) -> VersionRow:
     """The version at a path: `{v}` is a number, `@alias` or `newest`. With `deleted`, a number may be a deleted one."""
-    reference = Reference(namespace, name)
-    if selector == NEWEST:
-        where = _selected(None, None)
-    elif selector.startswith("@"):
-        where = _selected(None, check_alias(selector[1:]))
-    elif re.fullmatch(r"[1-9][0-9]{0,8}", selector):
-        where = _selected(int(selector), None)
-    else:
-        raise InvalidReference(f"{selector!r} is no version: use a number, @alias or {NEWEST}")
-    statement = full_version() if full else bare_version()
-    statement = statement.where(named(reference), VectorRow.deleted_at.is_(None), *where)
-    statement = statement.order_by(VersionRow.number.desc()).limit(1)
-    if not (deleted and selector[0].isdigit()):
+    kind, value = _parse(selector)
+    statement = full_version().where(named(Reference(namespace, name)), VectorRow.deleted_at.is_(None))
+    statement = statement.where(*_selected(kind, value)).order_by(VersionRow.number.desc()).limit(1)
+    if not (deleted and kind == "number"):
         statement = statement.where(VersionRow.deleted_at.is_(None))
     row = (await session.scalars(statement)).first()
-    if row is None:
-        shown = f"{reference}{'' if selector == NEWEST else selector if selector[0] == '@' else ':' + selector}"
-        raise NotFound(f"there is no vector {shown}; see: tpv vector show {reference}", reference=shown)
-    return row
+    return row or _missing(namespace, name, selector)
 
 
-def _selected(version: int | None, alias: str | None) -> Sequence[ColumnElement[bool]]:
-    if version is not None:
-        return [VersionRow.number == version]
-    if alias is not None:
-        points_here = (
-            select(AliasRow.version).where(AliasRow.vector_id == VersionRow.vector_id, AliasRow.alias == alias)
-        ).scalar_subquery()
-        return [VersionRow.number == points_here]
-    return []
+class VersionFiles(NamedTuple):
+    """What a version has in the blob store."""
+
+    number: int
+    digest: str
+    state: str | None
+
+
+async def files_at(session: AsyncSession, namespace: str, name: str, selector: str) -> VersionFiles:
+    """The files of the version at a path, which is not deleted."""
+    kind, value = _parse(selector)
+    row = (await session.execute(_files(kind), {"namespace": namespace, "name": name, "value": value})).first()
+    return VersionFiles(*row) if row else _missing(namespace, name, selector)
+
+
+@cache  # composing it for every download would take as long as Postgres does
+def _files(kind: SelectorKind) -> Select[int, str, str | None]:
+    return (
+        select(VersionRow.number, VersionRow.digest, VersionRow.state)
+        .join(VersionRow.vector)
+        .where(
+            VectorRow.namespace == bindparam("namespace"),
+            VectorRow.name == bindparam("name"),
+            *_NOT_DELETED,
+            *_selected(kind, bindparam("value")),
+        )
+        .order_by(VersionRow.number.desc())
+        .limit(1)
+    )
+
+
+def _parse(selector: str) -> tuple[SelectorKind, int | str | None]:
+    """What `{v}` of a path says; raises InvalidReference."""
+    if selector == NEWEST:
+        return "newest", None
+    if selector.startswith("@"):
+        return "alias", check_alias(selector[1:])
+    if re.fullmatch(r"[1-9][0-9]{0,8}", selector):
+        return "number", int(selector)
+    raise InvalidReference(f"{selector!r} is no version: use a number, @alias or {NEWEST}")
+
+
+def _missing(namespace: str, name: str, selector: str) -> NoReturn:
+    vector = Reference(namespace, name)
+    shown = f"{vector}{'' if selector == NEWEST else selector if selector[0] == '@' else ':' + selector}"
+    raise NotFound(f"there is no vector {shown}; see: tpv vector show {vector}", reference=shown)
+
+
+def _selected(kind: SelectorKind, value: Any) -> Sequence[ColumnElement[bool]]:
+    match kind:
+        case "number":
+            return [VersionRow.number == value]
+        case "alias":
+            points_here = select(AliasRow.version).where(
+                AliasRow.vector_id == VersionRow.vector_id, AliasRow.alias == value
+            )
+            return [VersionRow.number == points_here.scalar_subquery()]
+        case "newest":
+            return []
+
+
+def _selected_by(reference: Reference) -> Sequence[ColumnElement[bool]]:
+    if reference.version is not None:
+        return _selected("number", reference.version)
+    return _selected("alias", reference.alias) if reference.alias is not None else []
 
 
 async def vector_by_name(
@@ -169,6 +216,24 @@ async def resolve_initialization(
     if len(rows) > 1:
         raise InvalidReference(f"{reference} is used with several base models; use the initialization's name or id")
     return rows[0]
+
+
+class KnownInitializations:
+    """Initializations that were asked for by name or id. They never change, so one look into the database is enough."""
+
+    def __init__(self, readers: async_sessionmaker[AsyncSession]) -> None:
+        self._readers = readers
+        self._known: dict[str, InitializationRow] = {}
+
+    async def resolve(self, reference: str) -> InitializationRow:
+        """`resolve_initialization`, from memory if it was asked before."""
+        if row := self._known.get(reference):
+            return row
+        async with self._readers() as session:
+            row = await resolve_initialization(session, reference)
+        if not reference.startswith("sha256:"):  # a second base model may have the same tensor one day
+            self._known[reference] = row
+        return row
 
 
 def _within(namespace: str, reference: str) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
-from pgvector.sqlalchemy import Vector as PgVector
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, ForeignKeyConstraint, Identity, Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from tpv_service.db import CreatedAt, Deletable, Id, Table
+from tpv_service.db import CreatedAt, Deletable, Id, PooledVector, Table
 
 
 class BaseModelRow(Table):
@@ -102,7 +101,7 @@ class VersionRow(Deletable, Table):
     digest: Mapped[str]
     size: Mapped[int]
     norm: Mapped[float]
-    pooled: Mapped[Any] = mapped_column(PgVector(), deferred=True)  #: mean over the rows, (token_dim,)
+    pooled: Mapped[Any] = mapped_column(PooledVector(), deferred=True)  #: mean over the rows, (token_dim,)
     method: Mapped[str | None]
     hyperparameters: Mapped[dict[str, Any]]
     dataset_fingerprint: Mapped[str | None]

@@ -17,7 +17,7 @@ from tpv.schemas.vectors import Version, VersionCreate
 from tpv.vectors import Float32, as_prompt
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.content import content_response
-from tpv_service.db import Session, release
+from tpv_service.db import Session
 from tpv_service.idempotency import IdempotentRequest
 from tpv_service.pagination import PagingQuery, page
 from tpv_service.registry import publish, queries
@@ -43,9 +43,8 @@ async def register_version(
     file: UploadFile,
 ) -> Response:
     """Registers a vector: the file holds one tensor, `prompt` (P*) or `vector` (T). Equal content again is a 200."""
-    initialization = await queries.resolve_initialization(session, metadata.initialization)
+    initialization = await request.state.initializations.resolve(metadata.initialization)
     content, store = await file.read(), request.state.store
-    await release(session)
     stored = await run_in_threadpool(_store_upload, store, initialization.digest, content, metadata.fingerprint)
     if kept := await idempotency.begin(session, actor.name, metadata, stored.fingerprint):
         return kept
@@ -96,7 +95,7 @@ async def get_version_content(
     request: Request, session: Session, _: Reader, namespace: Name, name: Name, v: str
 ) -> Response:
     """T as safetensors, tensor `vector`, (num_virtual_tokens, token_dim) float32."""
-    row = await queries.version_at(session, namespace, name, v, full=False)
+    row = await queries.files_at(session, namespace, name, v)
     return await content_response(
         request, session, row.digest, media_type="application/octet-stream", filename=f"{name}-{row.number}.safetensors"
     )
@@ -107,7 +106,7 @@ async def get_version_state(
     request: Request, session: Session, _: Reader, namespace: Name, name: Name, v: str
 ) -> Response:
     """The method's own tensors as safetensors: of a `dtvg` transfer T_t and the scaling terms."""
-    row = await queries.version_at(session, namespace, name, v, full=False)
+    row = await queries.files_at(session, namespace, name, v)
     if row.state is None:
         raise NotFound(f"{namespace}/{name}:{row.number} keeps no tensors of its method")
     return await content_response(

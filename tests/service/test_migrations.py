@@ -10,18 +10,18 @@ from tpv_service import migrate
 
 
 @pytest.fixture
-def url(database_url: str) -> str:
-    return database_url.replace("postgresql://", "postgresql+psycopg://")
+def url(own_database_url: str) -> str:
+    return own_database_url.replace("postgresql://", "postgresql+psycopg://")
 
 
 def test_the_models_and_the_migrations_agree(url):
     command.check(migrate.config(url))  # raises when Alembic would generate something
 
 
-def test_every_migration_can_be_taken_back_and_applied_again(url, database_url):
+def test_every_migration_can_be_taken_back_and_applied_again(url, own_database_url):
     migrate.downgrade(url, "base")
     assert not migrate.is_current(url)
-    with psycopg.connect(database_url) as connection:
+    with psycopg.connect(own_database_url) as connection:
         left = connection.execute(
             "select table_schema, table_name from information_schema.tables"
             " where table_schema not in ('pg_catalog', 'information_schema')"

@@ -15,6 +15,8 @@ import pytest
 from tpv_service.embedded import EmbeddedError, postgres
 from tpv_service.embedded.postgres import Postgres
 
+pytestmark = pytest.mark.slow  # real processes, started and killed
+
 AliveAfter = Callable[[float, list[psutil.Process]], list[psutil.Process]]
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who has to use another user for PostgreSQL")

@@ -10,6 +10,8 @@ import pytest
 from tpv_service.embedded import EmbeddedError, processes
 from tpv_service.embedded.processes import ProcessGroup
 
+pytestmark = pytest.mark.slow  # real processes, started and killed
+
 AliveAfter = Callable[[float, list[psutil.Process]], list[psutil.Process]]
 
 ENV = dict(os.environ)

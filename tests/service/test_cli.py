@@ -55,7 +55,7 @@ def test_a_database_that_does_not_answer_is_one_line(
 def test_nobody_else_gets_in_without_a_token(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TPV_HOST", "0.0.0.0")  # noqa: S104
+    monkeypatch.setenv("TPV_HOST", "0.0.0.0")  # noqa: S104 # the refusal is what is tested
     assert main(["serve"]) == 1
     assert "there is no token yet" in capsys.readouterr().err
 

@@ -17,7 +17,6 @@ from typing import IO, Any, Self
 
 import psutil
 import pytest
-
 from tests.worker.conftest import _one_thread, model_paths  # noqa: F401 # fixtures, for the tests here too
 
 _READY = 120.0  # seconds for `tpv up` to get ready on a busy machine, making a new database included

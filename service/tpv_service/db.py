@@ -14,8 +14,10 @@ from fastapi import Depends, Request
 from pgvector.psycopg.vector import VectorBinaryDumper
 from sqlalchemy import DateTime, Dialect, MetaData, Text, Uuid, func
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import UserDefinedType
 from uuid_utils.compat import uuid7
 
 from tpv_service.settings import Settings
@@ -57,6 +59,21 @@ class PooledVector(pgvector.sqlalchemy.VECTOR):
     def bind_processor(self, dialect: Dialect) -> Any:
         return lambda value: None if value is None else pgvector.Vector(value)
 
+
+class Xid8(UserDefinedType[str]):
+    """A transaction's number, 64 bits, never used twice in one cluster."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid8"
+
+
+ischema_names["xid8"] = Xid8  # for the comparison of tables and migrations
+
+#: The transaction that wrote the row. A reader that knows which transactions had ended when it last looked finds all
+#: rows since, in whatever order they were committed; see `tpv_service.search.families`.
+WrittenBy = Annotated[Any, mapped_column(Xid8(), server_default=func.pg_current_xact_id(), deferred=True)]
 
 CreatedAt = Annotated[datetime, mapped_column(server_default=func.now())]
 

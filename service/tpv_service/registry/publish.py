@@ -126,7 +126,7 @@ def _next_version() -> Select[Any]:
         .returning(*vectors.c)
         .cte("vector")
     )
-    columns = [c for c in versions.c if c.key not in ("vector_id", "number", "created_at", "deleted_at")]
+    columns = [c for c in versions.c if c.key not in ("vector_id", "number", "created_at", "deleted_at", "txid")]
     made = (
         insert(versions)
         .from_select(

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, ForeignKeyConstraint, Identity, Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from tpv_service.db import CreatedAt, Deletable, Id, PooledVector, Table
+from tpv_service.db import CreatedAt, Deletable, Id, PooledVector, Table, WrittenBy
 
 
 class BaseModelRow(Table):
@@ -63,7 +63,7 @@ class VectorRow(Deletable, Table):
     """A named vector. `last_version` is the counter that its versions are numbered by; its row lock orders writers."""
 
     __tablename__ = "vectors"
-    __table_args__ = (UniqueConstraint("namespace", "name"),)
+    __table_args__ = (UniqueConstraint("namespace", "name"), Index(None, "tasks", postgresql_using="gin"))
 
     id: Mapped[Id]
     namespace: Mapped[str]
@@ -86,7 +86,7 @@ class VersionRow(Deletable, Table):
     __table_args__ = (
         UniqueConstraint("vector_id", "number"),
         UniqueConstraint("vector_id", "fingerprint", "initialization_id"),
-        Index(None, "initialization_id"),
+        Index(None, "initialization_id", "txid"),
         Index(None, "fingerprint"),
         CheckConstraint("number >= 1", name="number"),
     )
@@ -110,6 +110,7 @@ class VersionRow(Deletable, Table):
     job_id: Mapped[UUID | None] = mapped_column(ForeignKey("jobs.id", use_alter=True))
     actor: Mapped[str]
     created_at: Mapped[CreatedAt]
+    txid: Mapped[WrittenBy]
 
     vector: Mapped[VectorRow] = relationship(lazy="raise")
     initialization: Mapped[InitializationRow] = relationship(lazy="raise")
@@ -166,7 +167,7 @@ class ChangeRow(Table):
     """One change to a vector or to one of its versions after it was registered: who, when, what. Never changed."""
 
     __tablename__ = "changes"
-    __table_args__ = (Index(None, "vector_id"),)
+    __table_args__ = (Index(None, "vector_id"), Index(None, "txid"))
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     vector_id: Mapped[UUID] = mapped_column(ForeignKey(VectorRow.id))
@@ -175,6 +176,7 @@ class ChangeRow(Table):
     data: Mapped[dict[str, Any]]
     actor: Mapped[str]
     at: Mapped[CreatedAt]
+    txid: Mapped[WrittenBy]
 
 
 class EvaluationRow(Table):

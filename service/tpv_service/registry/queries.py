@@ -8,10 +8,23 @@ from functools import cache
 from typing import Any, Literal, NamedTuple, NoReturn
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, bindparam, or_, select
-from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Select,
+    Text,
+    Uuid,
+    bindparam,
+    column,
+    func,
+    or_,
+    select,
+    true,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, distinct_on
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import contains_eager, joinedload, selectinload
+from sqlalchemy.orm import aliased, contains_eager, joinedload, selectinload
+from sqlalchemy.types import TypeEngine
 
 from tpv.errors import InvalidReference, NotFound
 from tpv.references import Reference, check_alias
@@ -59,10 +72,7 @@ def named(reference: Reference) -> ColumnElement[bool]:
 async def resolve_version(session: AsyncSession, reference: str, *, deleted: bool = False) -> VersionRow:
     """The version that a reference means now: `[ns/]name`, `name:3`, `name@alias`, or an id. A deleted one if asked."""
     parsed = Reference.parse(reference)
-    if parsed.fingerprint:
-        raise InvalidReference(
-            f"{reference}: a vector is referred to by name or id, for one content may have many names"
-        )
+    _check_names_vector(parsed)
     statement = bare_version() if deleted else bare_version().where(*_NOT_DELETED)
     if parsed.id:
         statement = statement.where(VersionRow.id == parsed.id)
@@ -72,6 +82,75 @@ async def resolve_version(session: AsyncSession, reference: str, *, deleted: boo
     if row is None:
         raise NotFound(f"there is no vector {reference}; see: tpv vector list", reference=reference)
     return row
+
+
+async def resolve_versions(session: AsyncSession, references: Sequence[str]) -> list[VersionRow]:
+    """The not deleted versions that references mean now, in their order, as `resolve_version` does for one.
+
+    One statement, however many they are. Raises InvalidReference for the first that names no vector, and NotFound with
+    every reference that means nothing.
+    """
+    parsed = [Reference.parse(reference) for reference in references]
+    for reference in parsed:
+        _check_names_vector(reference)
+    asked = {key: [getattr(reference, key) for reference in parsed] for key in _ASKED}
+    found = {place: row for row, place in await session.execute(_resolved(), asked)}
+    if missing := list(dict.fromkeys(r for i, r in enumerate(references, 1) if i not in found)):
+        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise NotFound(f"there is no vector {shown}; see: tpv vector list", references=missing)
+    return [found[place] for place in range(1, len(references) + 1)]
+
+
+_ASKED: dict[str, TypeEngine[Any]] = {
+    "id": Uuid(),
+    "namespace": Text(),
+    "name": Text(),
+    "version": Integer(),
+    "alias": Text(),
+}
+
+
+@cache  # composing it takes a millisecond
+def _resolved() -> Select[VersionRow, int]:
+    """(version, place of its reference from 1 on); the references come as one array for each of their parts."""
+    asked = (
+        func.unnest(*(bindparam(key, type_=ARRAY(type_)) for key, type_ in _ASKED.items()))
+        .table_valued(*(column(key, type_) for key, type_ in _ASKED.items()), with_ordinality="place")
+        .render_derived(name="asked")
+    )
+    version, vector, alias = aliased(VersionRow), aliased(VectorRow), aliased(AliasRow)
+    points_here = (
+        select(alias.version).where(alias.vector_id == vector.id, alias.alias == asked.c.alias).correlate(vector, asked)
+    )
+    by_name = (
+        select(version.id)
+        .join(version.vector.of_type(vector))
+        .where(
+            vector.namespace == asked.c.namespace,
+            vector.name == asked.c.name,
+            vector.deleted_at.is_(None),
+            version.deleted_at.is_(None),
+            or_(asked.c.version.is_(None), version.number == asked.c.version),
+            or_(asked.c.alias.is_(None), version.number == points_here.scalar_subquery()),
+        )
+        .order_by(version.number.desc())
+        .limit(1)
+        .lateral()
+    )
+    return (
+        bare_version()
+        .add_columns(asked.c.place)
+        .join(asked, true())
+        .outerjoin(by_name, true())
+        .where(VersionRow.id == func.coalesce(asked.c.id, by_name.c.id), *_NOT_DELETED)
+    )
+
+
+def _check_names_vector(reference: Reference) -> None:
+    if reference.fingerprint:
+        raise InvalidReference(
+            f"{reference}: a vector is referred to by name or id, for one content may have many names"
+        )
 
 
 async def version_at(

@@ -1,0 +1,127 @@
+"""What a filter means: conditions on a statement over versions joined with their vectors. Nothing here asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Select, Text, and_, false, func, literal, not_, or_, select, true, tuple_
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.orm import aliased
+
+from tpv.references import Reference
+from tpv.schemas.filters import Filter, MetricCondition
+from tpv_service.registry.tables import (
+    AliasRow,
+    BaseModelRow,
+    EvaluationRow,
+    InitializationRow,
+    VectorRow,
+    VersionRow,
+)
+
+
+def condition(asked: Filter) -> ColumnElement[bool]:
+    """The filter over a statement that selects from VersionRow joined with `VersionRow.vector`.
+
+    It is true or false for every row, never null, so that `not` is the complement. It says nothing about deletion.
+    """
+    return and_(true(), *_conditions(asked))
+
+
+def chosen(versions: str) -> ColumnElement[bool]:
+    """`newest`, `all` or `alias:NAME`, over the same kind of statement; never a deleted version.
+
+    The newest version is the vector's own, whatever a filter beside it says: a vector whose newest version does not
+    pass has none that does.
+    """
+    kept = and_(VersionRow.deleted_at.is_(None), VectorRow.deleted_at.is_(None))
+    if versions == "all":
+        return kept
+    if versions.startswith("alias:"):
+        return and_(kept, _has_alias(versions.removeprefix("alias:")))
+    newer = aliased(VersionRow)
+    is_newer = (newer.vector_id == VersionRow.vector_id) & (newer.number > VersionRow.number)
+    return and_(kept, not_(_there_is(select(newer.id).where(is_newer, newer.deleted_at.is_(None)))))
+
+
+def _conditions(asked: Filter) -> Iterator[ColumnElement[bool]]:
+    if asked.names is not None:
+        paths = [Reference.parse(name) for name in asked.names]
+        listed = func.unnest(_texts(p.namespace for p in paths), _texts(p.name or "" for p in paths))
+        names = listed.table_valued("namespace", "name").render_derived()
+        yield tuple_(VectorRow.namespace, VectorRow.name).in_(select(names.c.namespace, names.c.name))
+    if asked.namespace is not None:
+        yield VectorRow.namespace == asked.namespace
+    if asked.task is not None:
+        yield VectorRow.tasks.contains([asked.task])
+    if asked.task_type is not None:
+        yield VectorRow.task_type.is_not_distinct_from(asked.task_type)
+    if asked.base_model is not None:
+        models = select(InitializationRow.id).join(InitializationRow.base_model)
+        yield _has_initialization(models.where(BaseModelRow.name == asked.base_model))
+    if asked.initialization is not None:
+        yield _has_initialization(select(InitializationRow.id).where(_named(Reference.parse(asked.initialization))))
+    if asked.tags is not None:
+        yield VectorRow.tags.contains(asked.tags)
+    if asked.alias is not None:
+        yield _has_alias(asked.alias)
+    if asked.method is not None:
+        yield VersionRow.method.is_not_distinct_from(asked.method)
+    for metric in asked.metrics or ():
+        yield _there_is(_evaluations(metric))
+    if asked.created_after is not None:
+        yield VersionRow.created_at >= asked.created_after
+    if asked.created_before is not None:
+        yield VersionRow.created_at < asked.created_before
+    if asked.all is not None:
+        yield and_(true(), *map(condition, asked.all))
+    if asked.any is not None:
+        yield or_(false(), *map(condition, asked.any))
+    if asked.not_ is not None:
+        yield not_(condition(asked.not_))
+
+
+def _has_initialization(ids: Select[UUID]) -> ColumnElement[bool]:
+    return VersionRow.initialization_id.in_(ids.correlate(None))
+
+
+def _named(reference: Reference) -> ColumnElement[bool]:
+    if reference.id:
+        return InitializationRow.id == reference.id
+    if reference.fingerprint:
+        return InitializationRow.fingerprint == reference.fingerprint
+    return and_(InitializationRow.namespace == reference.namespace, InitializationRow.name == reference.name)
+
+
+def _has_alias(alias: str) -> ColumnElement[bool]:
+    return _there_is(
+        select(AliasRow.version).where(
+            AliasRow.vector_id == VersionRow.vector_id, AliasRow.version == VersionRow.number, AliasRow.alias == alias
+        )
+    )
+
+
+def _evaluations(asked: MetricCondition) -> Select[UUID]:
+    statement = select(EvaluationRow.id).where(
+        EvaluationRow.version_id == VersionRow.id, EvaluationRow.metric == asked.metric
+    )
+    if asked.dataset is not None:
+        statement = statement.where(EvaluationRow.dataset == asked.dataset)
+    if asked.split is not None:
+        statement = statement.where(EvaluationRow.split == asked.split)
+    if asked.at_least is not None:
+        statement = statement.where(EvaluationRow.value >= asked.at_least)
+    if asked.at_most is not None:
+        statement = statement.where(EvaluationRow.value <= asked.at_most)
+    return statement
+
+
+def _there_is(statement: Select[Any]) -> ColumnElement[bool]:
+    # With these two alone, whatever else a caller has joined: a condition looks into the other tables by itself.
+    return statement.correlate(VersionRow, VectorRow).exists()
+
+
+def _texts(values: Iterable[str]) -> ColumnElement[Any]:
+    return literal(list(values), ARRAY(Text()))

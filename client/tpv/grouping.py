@@ -1,45 +1,94 @@
 """Which source tasks help a target together: Section 3.3 and Algorithm 2 of Dynamic Task Vector Grouping.
 
 Paper: https://arxiv.org/abs/2503.18063. Everything works on pooled vectors (`tpv.similarity.pool`) of any array
-library. Products of arrays on a device are taken there, and only n + n * n numbers come to the host, once.
+library. Each strategy is a function that chooses among the candidates in the order of their ranking. The trace is
+computed from its choice, for those decisions that are listed.
+
+Of NumPy arrays only the products that a strategy asks for are taken: knowledge consistency (KC) is kept by running
+sums, so a source costs one product, and no (n, n) matrix is made. Of other arrays all products are taken where they
+live, and n + n * n numbers come to the host, once.
+
+Equal similarities rank by `tie_order`. Values of KC whose difference is at most 16 * eps * scale are equal, with the
+eps of the dtype and the largest squared norm among the sources concerned as scale: so far may rounding reach, and
+neither copies of a source nor the array library should change a decision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from array_api_compat import array_namespace, is_numpy_array
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from tpv._strategies import EXACT_LIMIT as EXACT_LIMIT
+from tpv._strategies import PAIRS_LIMIT as PAIRS_LIMIT
+from tpv._strategies import (
+    Choice,
+    Floats,
+    Gram,
+    Products,
+    Ranks,
+    Vectors,
+    best_pair,
+    consistencies,
+    exact,
+    greedy,
+    most_similar,
+    prefix,
+)
+from tpv.similarity import dot
 
 Array = Any
-Strategy = Literal["greedy"]
-Reason = Literal["taken", "negative-similarity", "below-min-similarity", "consistency-falls", "group-full"]
+
+Strategy = Literal["greedy", "prefix", "exact", "target-similarity", "knowledge-consistency", "all", "top-k"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+Reason = Literal[
+    "taken",
+    "negative-similarity",
+    "below-min-similarity",
+    "group-full",  # `max_size` sources were taken before it (`prefix`: looked at)
+    "consistency-falls",  # greedy
+    "after-best-prefix",  # prefix
+    "not-in-optimum",  # exact
+    "not-in-best-pair",  # knowledge-consistency
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Why one source was taken or left, in the order of the ranking."""
+    """Why one source was taken or left.
+
+    `consistency_before` is KC (Eq. 4) of the sources taken before this one, `consistency_after` KC of them and this
+    one. `prefix` compares the prefixes of the ranking: there it is KC of all candidates that rank before this one.
+    """
 
     index: int  #: of the source, as it was given
     rank: int  #: 0 is the most similar to the target
-    similarity: float  #: to the target, Eq. 2
-    consistency_before: float  #: KC of the group so far, Eq. 4
-    consistency_after: float  #: KC if this source were in it
+    similarity: float  #: to the target
+    consistency_before: float
+    consistency_after: float
     taken: bool
     reason: Reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grouping:
-    """A group of source tasks, with the figures and the decisions that led to it."""
+    """A group of source tasks, with the figures and the decisions that led to it.
 
-    members: tuple[int, ...]  #: indices of the sources, in the order taken
+    The trace is enough to compute the rest: the members are the sources taken, TS is the mean of their similarities, KC
+    is the last one's `consistency_after`.
+    """
+
+    members: tuple[int, ...]  #: indices of the sources, in the order of the ranking
     target_similarity: float  #: TS, Eq. 3; 0 for the empty group
     knowledge_consistency: float  #: KC, Eq. 4; 0 for fewer than two members
-    objective: float  #: TS + KC, Eq. 5 with a trade-off of 1
-    trace: tuple[Decision, ...]
+    objective: float  #: TS + trade_off * KC, Eq. 5
+    trace: tuple[Decision, ...]  #: in the order of the ranking
+    trace_total: int  #: how many decisions there were; `trace` has fewer if it was cut
 
 
 def group(
@@ -47,131 +96,183 @@ def group(
     sources: Array,
     *,
     strategy: Strategy = "greedy",
+    trade_off: float | None = None,
     max_size: int | None = None,
     min_similarity: float | None = None,
+    similarities: Array | None = None,
+    where: ArrayLike | None = None,
+    tie_order: ArrayLike | None = None,
+    trace_size: int | None = None,
 ) -> Grouping:
-    """Groups the sources, pooled vectors (n, d), for a target, pooled vector (d,).
+    """Groups the sources, pooled vectors (n, d), for a target, pooled vector (d,) of the same float dtype.
 
-    `greedy` is Algorithm 2: walk the ranking by similarity to the target and take a source if its similarity is not
-    negative and KC does not fall. A change of KC above -eps * scale counts as no fall (scale: the largest squared norm
-    in the group), so that ties do not hang on rounding; equal similarities rank by input index. `min_similarity`
-    replaces the paper's zero, `max_size` bounds the group.
+    | strategy | takes |
+    |---|---|
+    | `greedy` | along the ranking, what is not negative and does not let KC fall: Algorithm 2 |
+    | `prefix` | of what is not negative, the ranking's first prefix of highest KC: the authors' released code |
+    | `exact` | the optimum of Eq. 5, TS + trade_off * KC, over all subsets of at most EXACT_LIMIT candidates |
+    | `target-similarity` | all that is not negative |
+    | `knowledge-consistency` | the highest KC, target ignored: the best pair of at most PAIRS_LIMIT candidates |
+    | `all` | everything |
+    | `top-k` | the `max_size` most similar |
+
+    `min_similarity` replaces the strategy's own bound (zero or none), `max_size` bounds the group, whatever the
+    strategy. `trade_off`, the lambda of Eq. 5, is 1 if not given and only for `exact`.
+
+    `similarities` (n,) are those to the target, if they are known already. `where` (n,) is true for the sources to look
+    at; the others appear nowhere. `tie_order` (n,) are integers by which equal similarities rank, then by index.
+    `trace_size` cuts the trace to the sources taken and, up to that size, the others that rank highest.
+
+    Raises ValueError for options that do not fit the strategy, for shapes that do not fit each other, for products that
+    are not finite, and for more candidates than the strategy can decide.
     """
-    if strategy != "greedy":
-        raise ValueError(f"unknown strategy {strategy!r}: use 'greedy'")
-    pairs: _Pairs
-    if is_numpy_array(sources):
-        similarities = sources @ target
-        pairs = _RunningSum(sources)
-    else:
-        xp = array_namespace(target, sources)
-        products = _to_host(
-            sources @ xp.concat([target[:, None], xp.permute_dims(sources, (1, 0))], axis=1)
-        )  # (n, 1 + n)
-        similarities, pairs = products[:, 0], _Gram(products[:, 1:])
-    return _greedy(similarities, pairs, max_size=max_size, min_similarity=min_similarity)
-
-
-def knowledge_consistency(sources: Array) -> float:
-    """KC of a whole group of pooled vectors (n, d), by its definition: the mean similarity of its pairs (Eq. 4)."""
+    _check_options(strategy, trade_off, max_size, trace_size)
+    _check_shapes(target, sources, similarities=similarities, where=where, tie_order=tie_order)
     n = sources.shape[0]
-    if n < 2:
-        return 0.0
-    gram = sources @ array_namespace(sources).permute_dims(sources, (1, 0))
-    return float(sum(gram[i, j] for i in range(n) for j in range(i + 1, n)) * 2 / (n * (n - 1)))
+    rule = _RULES[strategy]
+    trade_off = 1.0 if trade_off is None else trade_off
+    bound = rule.min_similarity if min_similarity is None else min_similarity
 
+    found, gram = _to_host(target, sources, similarities)
+    ranking = _ranking(found, where, tie_order)
+    ranked = found[ranking]
+    products: Products = Vectors(np.asarray(sources), ranking) if gram is None else Gram(gram, ranking)
+    candidates = int(np.count_nonzero(ranked >= bound))  # the first of the ranking
+    choice = rule.choose(products, ranked[:candidates], n if max_size is None else max_size, trade_off)
 
-class _Pairs(Protocol):
-    """Similarities between a candidate and the group so far."""
-
-    eps: float
-
-    def with_group(self, index: int) -> float: ...  # sum of its similarities to the members
-    def squared_norm(self, index: int) -> float: ...
-    def add(self, index: int) -> None: ...
-
-
-class _RunningSum:
-    """Keeps the sum g of the members' vectors: a candidate costs one product s . g, and no (n, n) matrix is made."""
-
-    def __init__(self, sources: NDArray[Any]) -> None:
-        self.sources, self.eps = sources, 16 * float(np.finfo(sources.dtype).eps)
-        self.group_sum = np.zeros(sources.shape[1], dtype=sources.dtype)
-
-    def with_group(self, index: int) -> float:
-        return float(self.sources[index] @ self.group_sum)
-
-    def squared_norm(self, index: int) -> float:
-        return float(self.sources[index] @ self.sources[index])
-
-    def add(self, index: int) -> None:
-        self.group_sum += self.sources[index]
-
-
-class _Gram:
-    """Works on the (n, n) matrix of similarities that a device computed: a candidate costs one look-up."""
-
-    def __init__(self, gram: NDArray[Any]) -> None:
-        self.gram, self.eps = gram, 16 * float(np.finfo(gram.dtype).eps)
-        self.group_row = np.zeros(len(gram), dtype=gram.dtype)
-
-    def with_group(self, index: int) -> float:
-        return float(self.group_row[index])
-
-    def squared_norm(self, index: int) -> float:
-        return float(self.gram[index, index])
-
-    def add(self, index: int) -> None:
-        self.group_row += self.gram[index]
-
-
-def _greedy(
-    similarities: NDArray[Any], pairs: _Pairs, *, max_size: int | None, min_similarity: float | None
-) -> Grouping:
-    members: list[int] = []
-    pair_sum = consistency = scale = 0.0
+    below: Reason = "negative-similarity" if min_similarity is None else "below-min-similarity"
+    listed, taken = _listed(choice.members, len(ranking), trace_size)
+    before, after = consistencies(products, listed, listed < choice.decided if strategy == "prefix" else taken)
     trace = []
-    for rank, index in enumerate(np.argsort(-similarities, kind="stable").tolist()):
-        similarity = float(similarities[index])
-        size = len(members) + 1
-        added = pairs.with_group(index)
-        after = 2 * (pair_sum + added) / (size * (size - 1)) if size > 1 else 0.0
-        tolerance = pairs.eps * max(scale, pairs.squared_norm(index))
+    for rank, index, similarity, kc_before, kc_after, is_taken in zip(
+        listed.tolist(),
+        ranking[listed].tolist(),
+        ranked[listed].tolist(),
+        before.tolist(),
+        after.tolist(),
+        taken.tolist(),
+        strict=True,
+    ):
         reason: Reason = "taken"
-        if min_similarity is not None and similarity < min_similarity:
-            reason = "below-min-similarity"
-        elif min_similarity is None and similarity < 0:
-            reason = "negative-similarity"
-        elif max_size is not None and size > max_size:
+        if rank >= candidates:
+            reason = below
+        elif rank >= choice.decided:
             reason = "group-full"
-        elif after - consistency < -tolerance:
-            reason = "consistency-falls"
+        elif not is_taken:
+            reason = rule.left
         trace.append(
             Decision(
                 index=index,
                 rank=rank,
                 similarity=similarity,
-                consistency_before=consistency,
-                consistency_after=after,
-                taken=reason == "taken",
+                consistency_before=kc_before,
+                consistency_after=kc_after,
+                taken=is_taken,
                 reason=reason,
             )
         )
-        if reason == "taken":
-            scale = max(scale, pairs.squared_norm(index))
-            members.append(index)
-            pairs.add(index)
-            pair_sum, consistency = pair_sum + added, after
-    target_similarity = float(similarities[members].mean()) if members else 0.0
+
+    members = [decision for decision in trace if decision.taken]
+    target_similarity = sum(decision.similarity for decision in members) / max(1, len(members))
+    consistency = members[-1].consistency_after if members else 0.0
+    objective = target_similarity + trade_off * consistency
+    if not np.isfinite(objective):
+        raise ValueError(f"the group's products are not finite in {found.dtype}: scale the vectors or use float64")
     return Grouping(
-        members=tuple(members),
+        members=tuple(decision.index for decision in members),
         target_similarity=target_similarity,
         knowledge_consistency=consistency,
-        objective=target_similarity + consistency,
+        objective=objective,
         trace=tuple(trace),
+        trace_total=len(ranking),
     )
 
 
-def _to_host(array: Array) -> NDArray[Any]:
-    """A NumPy copy of an array that may live on a device."""
-    return np.asarray(array.cpu() if hasattr(array, "cpu") else array)
+def knowledge_consistency(sources: Array) -> float:
+    """KC of a whole group of pooled vectors (n, d), by its definition: the mean similarity of its pairs (Eq. 4)."""
+    n = int(sources.shape[0])
+    if n < 2:
+        return 0.0
+    xp = array_namespace(sources)
+    pair_sum = float(xp.sum(xp.triu(dot(sources, sources), k=1)))
+    return 2 * pair_sum / (n * (n - 1))
+
+
+class _Rule(NamedTuple):
+    choose: Callable[[Products, Floats, int, float], Choice]
+    min_similarity: float  # the strategy's own bound
+    left: Reason  # why a candidate was not taken, unless the group was full
+
+
+_RULES: dict[Strategy, _Rule] = {
+    "greedy": _Rule(greedy, 0.0, "consistency-falls"),
+    "prefix": _Rule(prefix, 0.0, "after-best-prefix"),
+    "exact": _Rule(exact, -np.inf, "not-in-optimum"),
+    "target-similarity": _Rule(most_similar, 0.0, "group-full"),
+    "knowledge-consistency": _Rule(best_pair, -np.inf, "not-in-best-pair"),
+    "all": _Rule(most_similar, -np.inf, "group-full"),
+    "top-k": _Rule(most_similar, -np.inf, "group-full"),
+}
+
+
+def _to_host(target: Array, sources: Array, similarities: Array | None) -> tuple[Floats, Floats | None]:
+    """The similarities (n,), and for arrays that may live on a device all products (n, n), as NumPy arrays."""
+    if is_numpy_array(sources):
+        return dot(sources, target) if similarities is None else np.asarray(similarities), None
+    xp = array_namespace(target, sources)
+    similarities = dot(sources, target) if similarities is None else xp.astype(similarities, sources.dtype)
+    together = xp.concat([similarities[:, None], dot(sources, sources)], axis=1)  # (n, 1 + n)
+    host = np.asarray(together.cpu() if hasattr(together, "cpu") else together)
+    return host[:, 0], host[:, 1:]
+
+
+def _ranking(similarities: Floats, where: ArrayLike | None, tie_order: ArrayLike | None) -> Ranks:
+    """Indices of the sources by falling similarity, equal ones by `tie_order`."""
+    indices = np.arange(len(similarities)) if where is None else np.flatnonzero(np.asarray(where))
+    finite = np.isfinite(similarities[indices])
+    if not finite.all():
+        bad = indices[finite.argmin()]
+        raise ValueError(f"the similarity of source {bad} is {similarities[bad]}: it is no finite {similarities.dtype}")
+    ranking = indices[np.argsort(-similarities[indices])]
+    # Of a large pool few similarities are equal: sorting those again is quicker than one stable sort by two keys.
+    ranked = similarities[ranking]
+    equal = ranked[1:] == ranked[:-1]
+    if equal.any():
+        tied = np.concatenate([equal, [False]]) | np.concatenate([[False], equal])
+        among = ranking[tied]
+        told = [] if tie_order is None else [np.asarray(tie_order)[among]]
+        ranking[tied] = among[np.lexsort((among, *told, -ranked[tied]))]  # the last key is the first to count
+    return ranking
+
+
+def _listed(members: Ranks, total: int, trace_size: int | None) -> tuple[Ranks, NDArray[np.bool_]]:
+    """The ranks that a trace lists, all or the members and, up to its size, the first others; which are members."""
+    is_member = np.zeros(total, dtype=bool)
+    is_member[members] = True
+    listed = np.arange(total)
+    if trace_size is not None:
+        others = np.flatnonzero(~is_member[:trace_size])[: max(0, trace_size - len(members))]
+        listed = np.sort(np.concatenate([members, others]))
+    return listed, is_member[listed]
+
+
+def _check_options(strategy: Strategy, trade_off: float | None, max_size: int | None, trace_size: int | None) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
+    if trade_off is not None and strategy != "exact":
+        raise ValueError(f"the strategy {strategy!r} takes no trade_off: only 'exact' weighs KC against TS")
+    if trade_off is not None and not 0 <= trade_off < np.inf:
+        raise ValueError(f"trade_off is {trade_off}: it is a finite number of at least 0")
+    if max_size is None and strategy == "top-k":
+        raise ValueError("the strategy 'top-k' needs max_size, its k")
+    for name, size in (("max_size", max_size), ("trace_size", trace_size)):
+        if size is not None and size < 0:
+            raise ValueError(f"{name} is {size}: it is at least 0")
+
+
+def _check_shapes(target: Array, sources: Array, **per_source: Any) -> None:
+    if sources.ndim != 2 or tuple(target.shape) != (sources.shape[1],):
+        raise ValueError(f"the target is {list(target.shape)}, the sources {list(sources.shape)}: give (d,) and (n, d)")
+    for name, values in per_source.items():
+        if values is not None and tuple(np.shape(values)) != (sources.shape[0],):
+            raise ValueError(f"{name} is {list(np.shape(values))}: it has one value for each of {len(sources)} sources")

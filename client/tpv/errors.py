@@ -14,7 +14,8 @@ TpvError
 │   └── Unavailable         503: the database or the blob store does not answer
 ├── ConnectionFailed        the service could not be reached
 ├── JobFailed               a job that was waited for did not succeed
-└── WaitTimeout             it did not finish in time
+├── WaitTimeout             it did not finish in time
+└── NotInstalled            a library of an extra is needed and not there
 """
 
 from __future__ import annotations
@@ -216,6 +217,10 @@ class JobFailed(TpvError):
 
 class WaitTimeout(TpvError):
     """The job did not finish within the time that the caller gave."""
+
+
+class NotInstalled(TpvError):
+    """A library that a base installation does not have is needed; the message names the extra that brings it."""
 
 
 def _leaves(cls: type[ProblemError]) -> list[type[ProblemError]]:

@@ -103,7 +103,7 @@ def _header(view: memoryview) -> dict[str, tuple[str, tuple[int, ...], int, int]
     if size > min(HEADER_LIMIT, len(view) - 8):
         raise InvalidTensor(
             f"this is no safetensors file: its first bytes claim a header of {size} bytes, the file has {len(view)} "
-            "(pickle files such as .pt and .bin are never read; convert them to safetensors first)"
+            "(pickle files such as .pt and .bin are never read here; bring them in with: tpv import pt FILE)"
         )
     try:
         entries = json.loads(bytes(view[8 : 8 + size]))

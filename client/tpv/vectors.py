@@ -1,16 +1,19 @@
-"""The task prompt vector as a value: T = P* - P_init, its checks and its arithmetic. No I/O but save and load."""
+"""The task prompt vector as a value: T = P* - P_init, its checks and its arithmetic. No I/O but files of one vector."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tpv import files
 from tpv.errors import IncompatibleVectors, InvalidTensor
+
+if TYPE_CHECKING:
+    from tpv.peft import TaskType
 
 Float32 = NDArray[np.float32]
 
@@ -110,6 +113,33 @@ class TaskPromptVector:
                 f"{path}: no saved vector: it needs one tensor `vector` and its initialization's fingerprint"
             )
         return cls(tensors["vector"], metadata["initialization"])
+
+    def to_peft(
+        self,
+        directory: str | Path,
+        initialization: ArrayLike,
+        *,
+        base_model: str,
+        task_type: TaskType,
+        revision: str | None = None,
+        scale: float = 1.0,
+        reference: str | None = None,
+        allow_mixed_initializations: bool = False,
+    ) -> Path:
+        """Writes P_init + scale * T as a directory that Hugging Face's `peft` loads: see `tpv.peft.write`."""
+        from tpv import peft  # pydantic and httpx are loaded only when something is written
+
+        return peft.write(
+            directory,
+            self,
+            initialization,
+            base_model=base_model,
+            task_type=task_type,
+            revision=revision,
+            scale=scale,
+            reference=reference,
+            allow_mixed_initializations=allow_mixed_initializations,
+        )
 
     def __add__(self, other: TaskPromptVector) -> TaskPromptVector:
         self._check_fits(other)

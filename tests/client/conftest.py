@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +18,7 @@ import pytest
 from hypothesis import settings
 
 from tpv import files
+from tpv.cli import main as cli
 
 settings.register_profile("steady", deadline=None)  # the first example may load a library, and the machine may be busy
 settings.load_profile("steady")
@@ -199,3 +202,65 @@ def served(registry: FakeRegistry) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield url
         server.shutdown()
+
+
+def parts(request: httpx.Request) -> tuple[dict[str, str], dict[str, bytes]]:
+    """The form fields and the files of a multipart request."""
+    boundary = request.headers["content-type"].partition("boundary=")[2].encode()
+    fields, found = {}, {}
+    for part in request.content.split(b"--" + boundary)[1:-1]:
+        head, _, body = part[2:-2].partition(b"\r\n\r\n")
+        name = head.decode().partition('name="')[2].partition('"')[0]
+        if b"filename=" in head:
+            found[name] = body
+        else:
+            fields[name] = body.decode()
+    return fields, found
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(served: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs one command against the fake registry."""
+    monkeypatch.setenv("TPV_URL", served)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments: object) -> Done:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return Done(code, shown.out, shown.err)
+
+    return command
+
+
+def line(done: Done) -> str:
+    """The one line of an error."""
+    assert (done.code, done.out) == (1, "")
+    [text] = done.err.splitlines()
+    return text
+
+
+PEFT_CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 2, "token_dim": 3}
+
+
+def peft_directory(directory: Path, prompt: np.ndarray | None = None, **config: Any) -> Path:
+    """A directory as PEFT writes one; by default for T5, so with as many dead rows as live ones."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps({**PEFT_CONFIG, **config}))
+    tensor = np.arange(12, dtype=np.float32).reshape(4, 3) if prompt is None else prompt
+    (directory / "adapter_model.safetensors").write_bytes(files.dump({"prompt_embeddings": tensor}, {"format": "pt"}))
+    return directory

@@ -14,41 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from tests.client.conftest import Run, line
 
 from tpv import errors, files
 from tpv.cli import main as cli
 from tpv.cli.errors import HINTS, explain
 
 PROMPT = np.ones((2, 3), np.float32)
-
-
-@dataclass
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def run(served: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs one command against the fake registry."""
-    monkeypatch.setenv("TPV_URL", served)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def command(*arguments: object) -> Done:
-        capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return Done(code, shown.out, shown.err)
-
-    return command
 
 
 def sent(registry: Any) -> Any:
@@ -73,6 +45,8 @@ def test_every_verb_has_help_and_json(run: Run) -> None:
         "similarity": ["search", "matrix"],
         "dataset": ["upload", "list"],
         "job": ["tune", "transfer", "list", "show", "watch", "compare"],
+        "import": ["peft", "pt"],
+        "export": ["peft"],
     }
     for noun, names in verbs.items():
         for verb in names:
@@ -115,13 +89,6 @@ def test_url_and_token_come_before_the_noun(run: Run, registry: Any, wire: Any, 
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
-
-
-def line(done: Done) -> str:
-    """The one line of an error."""
-    assert (done.code, done.out) == (1, "")
-    [text] = done.err.splitlines()
-    return text
 
 
 def test_a_service_that_is_not_there_says_how_to_start_one(run: Run, monkeypatch: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from tests.client.conftest import parts
 
 import tpv
 from tpv import AsyncClient, Client, TaskPromptVector, errors, files
@@ -707,17 +708,3 @@ def test_the_default_timeouts_are_finite(registry: Any, wire: Any) -> None:
     default, given = (request.extensions["timeout"] for request in registry.requests)
     assert all(seconds and seconds <= 60 for seconds in default.values())
     assert set(given.values()) == {3}
-
-
-def parts(request: httpx.Request) -> tuple[dict[str, str], dict[str, bytes]]:
-    """The form fields and the files of a multipart request."""
-    boundary = request.headers["content-type"].partition("boundary=")[2].encode()
-    fields, found = {}, {}
-    for part in request.content.split(b"--" + boundary)[1:-1]:
-        head, _, body = part[2:-2].partition(b"\r\n\r\n")
-        name = head.decode().partition('name="')[2].partition('"')[0]
-        if b"filename=" in head:
-            found[name] = body
-        else:
-            fields[name] = body.decode()
-    return fields, found

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tpv
-from tpv.cli import dataset, group, init, job, similarity, vector
+from tpv.cli import dataset, export, group, import_, init, job, similarity, vector
 from tpv.cli.errors import NEEDS_EXTRA, explain
 from tpv.cli.options import Root
 
@@ -33,6 +33,8 @@ def build() -> typer.Typer:
     app.command("group")(group.group)
     app.add_typer(dataset.app, name="dataset")
     app.add_typer(job.app, name="job")
+    app.add_typer(import_.app, name="import")
+    app.add_typer(export.app, name="export")
     for entry in entry_points(group="tpv.commands"):
         try:
             added = entry.load()

@@ -48,8 +48,8 @@ def merge(
         raise ValueError(f"the vectors have shape {list(T.shape)}: give (n, num_virtual_tokens, token_dim)")
     if w.shape != T.shape[:1]:
         raise ValueError(f"there are {len(T)} vectors, and weights of shape {list(w.shape)}: give one for each")
-    if not np.isfinite(w).all():
-        raise ValueError(f"weights are finite numbers, not {w.tolist()}")
+    if not (np.isfinite(T).all() and np.isfinite(w).all()):
+        raise ValueError("vectors and weights are finite numbers: here one is NaN or infinite")
     if method == "ties" and density is not None:
         merged = ties(T, w, density=density)
     elif method == "dare" and drop is not None and seed is not None:
@@ -81,11 +81,11 @@ def ties(vectors: NDArray[Any], weights: Float64, *, density: float) -> Float64:
     Of each vector the share `density`, 0 < density <= 1, of its r * d values stays, the largest by magnitude (of equal
     ones the first). A place's sign is that of the sum of what stayed there, plus for 0. Its value is the sum of the
     values with that sign, each times its weight, over their number: the weights as in `peft.utils.merge_utils.ties`,
-    where a negative one negates its vector first.
+    where a negative one negates its vector first, and 0 takes it out.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}: it is the share of values that stay, above 0 and at most 1")
-    trimmed = _terms(vectors, np.sign(weights))  # a weight of 0 takes its vector out
+    trimmed = _terms(vectors, np.sign(weights))
     for values in trimmed.reshape(len(trimmed), -1):
         kept = int(density * values.size)
         values[np.argsort(-np.abs(values), kind="stable")[kept:]] = 0

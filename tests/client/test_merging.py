@@ -29,6 +29,7 @@ def test_values_worked_by_hand() -> None:
     # Half of each stays: (4, 0, 2, 0), (0, -3, 3, 0), (2, 5, 0, 0). Signs: +, +, +, +.
     assert merge(T, [1, 1, 1], "ties", density=0.5).tolist() == [[3, 5, 2.5, 0]]
     assert merge(T, [1, 2, 1], "ties", density=0.5).tolist() == [[3, 5, 4, 0]]
+    assert merge(T, [1, 0, 0], "ties", density=0.5).tolist() == [[4, 0, 2, 0]]
     # The third negated: (-2, -5, 0, 0), so that the second place becomes negative.
     assert merge(T, [1, 1, -1], "ties", density=0.5).tolist() == [[4, -4, 2.5, 0]]
 
@@ -125,6 +126,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (T, [0.1 + 0.2, -0.3], {"method": "mean"}, "sum to 0"),
         (T, [1], {}, "2 vectors"),
         (T, [1, np.inf], {}, "finite"),
+        (T * np.float32(np.nan), w, {"method": "ties", "density": 0.5}, "finite"),
         (T[0], w, {}, "shape"),
         (T[:0], [], {}, "shape"),
     ]

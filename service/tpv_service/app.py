@@ -17,7 +17,17 @@ from tpv_service.db import create_engine, create_reader, create_sessionmaker
 from tpv_service.jobs import endpoints as jobs
 from tpv_service.jobs.stalled import watch_stalled_jobs
 from tpv_service.queue import Queue
-from tpv_service.registry import aliases, evaluations, initializations, vectors, versions
+from tpv_service.registry import (
+    aliases,
+    combinations,
+    evaluations,
+    filters,
+    initializations,
+    lineage,
+    prompts,
+    vectors,
+    versions,
+)
 from tpv_service.registry.queries import KnownInitializations
 from tpv_service.search import endpoints as search
 from tpv_service.settings import Settings
@@ -69,7 +79,10 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     app.include_router(health.router)
     api = APIRouter(prefix="/api/v1")
-    for module in (initializations, vectors, versions, aliases, evaluations, datasets, jobs, search):
+    for module in (
+        *(initializations, vectors, filters, versions, prompts, lineage, aliases, evaluations, combinations),
+        *(datasets, jobs, search),
+    ):
         api.include_router(module.router)
     app.include_router(api)
     return app

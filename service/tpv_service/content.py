@@ -8,6 +8,7 @@ from fastapi import Request
 from fastapi.responses import RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
+from tpv import files
 from tpv_service.db import Session, release
 from tpv_service.storage import BlobStore
 
@@ -18,17 +19,34 @@ async def content_response(
     """The blob of this digest; it is checked before the first byte leaves, so a damaged one is never served."""
     await release(session)
     store: BlobStore = request.state.store
-    headers = {
-        "ETag": f'"{digest}"',
-        "Accept-Ranges": "bytes",
-        "Cache-Control": "private, max-age=31536000, immutable",
-        "Content-Disposition": f'attachment; filename="{filename}"',
-    }
+    headers = _headers(digest, filename, "private, max-age=31536000, immutable")
     if _matches(request.headers.get("if-none-match", ""), digest):
         return Response(status_code=304, headers=headers)
     if url := store.presigned_url(digest):
         return RedirectResponse(url, 307, {"Cache-Control": "no-store"})
-    content = await run_in_threadpool(store.get, digest)
+    return _part(request, await run_in_threadpool(store.get, digest), digest, headers, media_type)
+
+
+def computed_response(request: Request, content: bytes, *, media_type: str, filename: str) -> Response:
+    """Content that was made for this request; to be asked for again, for the same URL may mean another one later."""
+    digest = files.digest(content)
+    headers = _headers(digest, filename, "private, no-cache")
+    if _matches(request.headers.get("if-none-match", ""), digest):
+        return Response(status_code=304, headers=headers)
+    return _part(request, content, digest, headers, media_type)
+
+
+def _headers(digest: str, filename: str, caching: str) -> dict[str, str]:
+    return {
+        "ETag": f'"{digest}"',
+        "Accept-Ranges": "bytes",
+        "Cache-Control": caching,
+        "Content-Disposition": f'attachment; filename="{filename}"',
+    }
+
+
+def _part(request: Request, content: bytes, digest: str, headers: dict[str, str], media_type: str) -> Response:
+    """The whole content, or the range of it that is asked for."""
     span = _span(request.headers.get("range"), len(content))
     if span is None or request.headers.get("if-range", f'"{digest}"') != f'"{digest}"':
         return Response(content, 200, headers, media_type)

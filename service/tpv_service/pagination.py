@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Query
-from sqlalchemy import Select, literal, tuple_
+from sqlalchemy import ColumnElement, Select, and_, literal, or_, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import QueryableAttribute
 
@@ -17,6 +17,7 @@ from tpv.schemas.base import Page, Paging
 
 Row = TypeVar("Row")
 Item = TypeVar("Item")
+Column = QueryableAttribute[Any] | ColumnElement[Any]
 
 
 def _paging(limit: Annotated[int, Query(ge=1, le=1000)] = 100, cursor: str | None = None) -> Paging:
@@ -29,23 +30,40 @@ PagingQuery = Annotated[Paging, Depends(_paging)]
 async def page(
     session: AsyncSession,
     statement: Select[Row],
-    key: Sequence[QueryableAttribute[Any]],
+    key: Sequence[Column],
     key_of: Callable[[Row], Sequence[Any]],
     view: Callable[[Row], Item],
     paging: Paging,
     *,
-    descending: bool = False,
+    descending: bool | Sequence[bool] = False,
 ) -> Page[Item]:
-    """One page of the statement's rows, ordered by `key`, which is unique; `key_of` reads it off a row as text."""
+    """One page of the statement's rows, ordered by `key`, which is unique and never null; `key_of` reads it off a row.
+
+    `descending` says it of the whole key, or of each part.
+    """
+    downwards = [descending] * len(key) if isinstance(descending, bool) else list(descending)
     if paging.cursor:
         last = _decode(paging.cursor, len(key))
-        bound = tuple_(*(literal(value).cast(column.type) for value, column in zip(last, key, strict=True)))
-        statement = statement.where(tuple_(*key) < bound if descending else tuple_(*key) > bound)
-    ordered = statement.order_by(*(column.desc() if descending else column for column in key))
+        bound = [literal(value).cast(column.type) for value, column in zip(last, key, strict=True)]
+        statement = statement.where(_after(key, bound, downwards))
+    ordered = statement.order_by(
+        *(column.desc() if down else column for column, down in zip(key, downwards, strict=True))
+    )
     rows = (await session.scalars(ordered.limit(paging.limit + 1))).all()
     more = len(rows) > paging.limit
     rows = rows[: paging.limit]
     return Page(items=[view(row) for row in rows], next_cursor=_encode(key_of(rows[-1])) if more else None)
+
+
+def _after(
+    key: Sequence[Column], bound: Sequence[ColumnElement[Any]], downwards: Sequence[bool]
+) -> ColumnElement[bool]:
+    """Whether a row comes after the bound."""
+    if len(set(downwards)) == 1:  # an index answers this one
+        return tuple_(*key) < tuple_(*bound) if downwards[0] else tuple_(*key) > tuple_(*bound)
+    equal = [column == value for column, value in zip(key, bound, strict=True)]
+    later = [c < v if down else c > v for c, v, down in zip(key, bound, downwards, strict=True)]
+    return or_(*(and_(*equal[:i], further) for i, further in enumerate(later)))
 
 
 def _encode(key: Sequence[Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Self
 import httpx
 
 from tpv import _base
+from tpv._async.combinations import AsyncCombinations
 from tpv._async.datasets import AsyncDatasets
 from tpv._async.http import AsyncHttp
 from tpv._async.initializations import AsyncInitializations
@@ -39,6 +40,7 @@ class AsyncClient:
         self.jobs = AsyncJobs(self._http)
         self.initializations = AsyncInitializations(self._http, self.jobs)
         self.vectors = AsyncVectors(self._http)
+        self.combinations = AsyncCombinations(self._http)
         self.datasets = AsyncDatasets(self._http)
         self.similarity = AsyncSimilarity(self._http)
         self.groupings = AsyncGroupings(self._http)

@@ -79,12 +79,15 @@ class AsyncHttp:
             if cursor is None:
                 return
 
-    async def download(self, path: str, sink: _content.Sink, *, expected: str | None = None) -> bytes:
+    async def download(
+        self, path: str, sink: _content.Sink, *, expected: str | None = None, params: Mapping[str, Any] | None = None
+    ) -> bytes:
         """Streams content into a sink and verifies it against the expected digest, else against the ETag.
 
         A transfer that breaks off starts again. Gives the content when the sink is in memory.
         """
-        call = Call(method="GET", path=path, headers={"Accept": "*/*", "Accept-Encoding": "identity"})
+        headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
+        call = Call(method="GET", path=path, params=params, headers=headers)
         tried = 0
         try:
             while True:

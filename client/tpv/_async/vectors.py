@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import PrivateAttr
 
@@ -15,6 +16,9 @@ from tpv import _base, _content, _paths, errors, files
 from tpv._async.http import AsyncHttp
 from tpv._base import UNSET, Call, Unset
 from tpv._paths import InitializationLike, VectorLike
+from tpv.schemas.base import Page
+from tpv.schemas.filters import Filter, SortKey, VersionSearch
+from tpv.schemas.lineage import Lineage
 from tpv.schemas.vectors import (
     Alias,
     AliasChange,
@@ -222,9 +226,74 @@ class AsyncVectors:
         }
         return self._http.pages(Vector, "/vectors", params)
 
+    async def search(
+        self,
+        filter: Filter | Mapping[str, Any] | None = None,  # noqa: A002 # what it is
+        *,
+        versions: str | None = None,
+        sort: Iterable[str | SortKey] = (),
+        page_size: int | None = None,
+        **conditions: Any,
+    ) -> AsyncIterator[AsyncVectorVersion]:
+        """The versions that pass, fetched a page at a time: of each vector the newest, by name.
+
+        `filter` is a tree of `tpv.schemas.filters.Filter`, or that as a mapping; its members may be given as arguments
+        as well: `search(task="rte", metrics=[{"metric": "accuracy", "at_least": 0.8}])`. `versions` is `newest`, `all`
+        or `alias:NAME`. `sort` takes `name`, `created_at`, `norm` and `DATASET/SPLIT/METRIC`, descending with a `-` in
+        front.
+        """
+        tree = _base.message(Filter, **filter) if isinstance(filter, Mapping) else filter
+        if named := _base.given(**conditions):
+            tree = _base.message(Filter, **named, **_base.given(all=[tree] if tree else None))
+        keys = [_sort_key(key) for key in sort]
+        members = _base.given(filter=tree, versions=versions, sort=keys or None, limit=page_size)
+        cursor: str | None = None
+        while True:
+            request = _base.message(VersionSearch, **members, **_base.given(cursor=cursor))
+            page = await self._http.post(Page[AsyncVectorVersion], "/vectors/search", request, idempotent=True)
+            for version in page.items:
+                yield self._bind(version)
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    async def lineage(self, ref: VectorLike) -> Lineage:
+        """All that a version was made from and all that was made from it, over any number of steps."""
+        return await self._http.get(Lineage, f"{_paths.vector_path(ref)}/lineage")
+
+    async def prompt(
+        self,
+        ref: VectorLike,
+        initialization: InitializationLike | None = None,
+        scale: float = 1.0,
+        *,
+        allow_mixed_initializations: bool = False,
+        file: str | Path | None = None,
+    ) -> NDArray[np.float32]:
+        """The soft prompt P_init + scale * T, float32 (r, d), for the vector's own P_init unless another is named.
+
+        With `file` it is saved as well, with vector, initialization and scale in the file's metadata. Raises
+        IncompatibleVectors for another initialization, unless that is allowed, and for another base model or shape.
+        """
+        params = {
+            "initialization": None if initialization is None else _paths.reference_of(initialization),
+            "scale": scale,
+            "allow_mixed_initializations": "true" if allow_mixed_initializations else None,
+        }
+        sink = _content.Sink(file)
+        content = await self._http.download(f"{_paths.vector_path(ref)}/prompt", sink, params=params)
+        return (files.load(content) if file is None else files.read(file))["prompt"]
+
     def _bind(self, version: AsyncVectorVersion) -> AsyncVectorVersion:
         version._http = self._http
         return version
+
+
+def _sort_key(key: str | SortKey) -> SortKey:
+    try:
+        return SortKey.parse(key) if isinstance(key, str) else key
+    except ValueError as error:
+        raise errors.Invalid(f"sort: {error}") from error
 
 
 def _whole_or_version(ref: VectorLike) -> str:

@@ -11,6 +11,7 @@ from typing import Self
 import httpx
 
 from tpv import _base
+from tpv._sync.combinations import Combinations
 from tpv._sync.datasets import Datasets
 from tpv._sync.http import Http
 from tpv._sync.initializations import Initializations
@@ -42,6 +43,7 @@ class Client:
         self.jobs = Jobs(self._http)
         self.initializations = Initializations(self._http, self.jobs)
         self.vectors = Vectors(self._http)
+        self.combinations = Combinations(self._http)
         self.datasets = Datasets(self._http)
         self.similarity = Similarity(self._http)
         self.groupings = Groupings(self._http)

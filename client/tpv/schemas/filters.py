@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, StringConstraints, model_validator
 
 from tpv.errors import InvalidReference
 from tpv.references import NAME_PATTERN, Reference, check_alias
-from tpv.schemas.base import Name, Request, Tags
+from tpv.schemas.base import Name, Paging, Request, Tags
 
 MAX_DEPTH = 8  #: levels of filters inside filters
 MAX_FILTERS = 100  #: objects in one tree
@@ -16,7 +16,7 @@ MAX_FILTERS = 100  #: objects in one tree
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
 
-def _vector_name(text: str) -> str:
+def vector_name(text: str) -> str:
     reference = _parsed(text)
     if reference.name is None or reference.selector:
         raise ValueError(f"{text!r}: name a vector as [namespace/]name, without version or alias")
@@ -62,7 +62,7 @@ class Filter(Request):
 
     model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
 
-    names: list[Annotated[str, AfterValidator(_vector_name)]] | None = Field(
+    names: list[Annotated[str, AfterValidator(vector_name)]] | None = Field(
         None, max_length=1000, description="The vector is one of these, as [namespace/]name."
     )
     namespace: Name | None = None
@@ -107,3 +107,40 @@ VERSIONS_HELP = (
     "newest: of each vector the newest version that is not deleted, if it passes the filter; all: every one that is "
     "not deleted; alias:NAME: the one that the alias points to."
 )
+
+
+class MetricKey(Request):
+    """The figure of one metric, measured on one split of one data set; of several, the one measured last."""
+
+    dataset: Text
+    split: Text
+    metric: Text
+
+
+class SortKey(Request):
+    """What a search is ordered by; versions without the figure come last, in either direction."""
+
+    by: Literal["name", "created_at", "norm"] | MetricKey
+    descending: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> SortKey:
+        """Reads `name`, `created_at`, `norm` or `DATASET/SPLIT/METRIC`, with a `-` in front when it is to descend.
+
+        Raises ValueError for other text.
+        """
+        key = text.removeprefix("-")
+        match key.rsplit("/", 2):
+            case [dataset, split, metric]:
+                return cls(by=MetricKey(dataset=dataset, split=split, metric=metric), descending=key != text)
+            case [("name" | "created_at" | "norm") as column]:
+                return cls(by=column, descending=key != text)
+        raise ValueError(f"{text!r} is nothing to sort by: use name, created_at, norm or DATASET/SPLIT/METRIC")
+
+
+class VersionSearch(Paging):
+    """Versions that pass a filter, in an order; ties are broken by namespace, name and version number."""
+
+    filter: Filter = Field(default_factory=Filter)
+    versions: Versions = Field("newest", description=VERSIONS_HELP)
+    sort: list[SortKey] = Field(default_factory=list, max_length=8)

@@ -1,17 +1,38 @@
-"""What a filter means: conditions on a statement over versions joined with their vectors. Nothing here asks."""
+"""Which versions a filter means, and the search for them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Text, and_, false, func, literal, not_, or_, select, true, tuple_
+from fastapi import APIRouter, Depends
+from sqlalchemy import (
+    ColumnElement,
+    ScalarSelect,
+    Select,
+    Text,
+    and_,
+    false,
+    func,
+    literal,
+    not_,
+    or_,
+    select,
+    true,
+    tuple_,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import aliased
 
 from tpv.references import Reference
-from tpv.schemas.filters import Filter, MetricCondition
+from tpv.schemas.base import Page
+from tpv.schemas.filters import Filter, MetricCondition, MetricKey, SortKey, VersionSearch
+from tpv.schemas.vectors import Version
+from tpv_service.auth.tokens import Actor, Allowed
+from tpv_service.db import Session
+from tpv_service.pagination import Column, page
+from tpv_service.registry import queries
 from tpv_service.registry.tables import (
     AliasRow,
     BaseModelRow,
@@ -20,6 +41,29 @@ from tpv_service.registry.tables import (
     VectorRow,
     VersionRow,
 )
+from tpv_service.registry.views import version_view
+
+router = APIRouter(tags=["versions"])
+Reader = Annotated[Actor, Depends(Allowed("read", "write", "worker"))]
+
+
+@router.post("/vectors/search")
+async def search_versions(session: Session, _: Reader, asked: VersionSearch) -> Page[Version]:
+    """The versions that pass the filter; by default the newest of each vector, by name."""
+    key = [part for sort in asked.sort for part in _sort_key(sort)] + [
+        _Key(VectorRow.namespace, lambda row: row.vector.namespace),
+        _Key(VectorRow.name, lambda row: row.vector.name),
+        _Key(VersionRow.number, lambda row: row.number),
+    ]
+    return await page(
+        session,
+        queries.full_version().where(chosen(asked.versions), condition(asked.filter)),
+        [part.column for part in key],
+        lambda row: [part.of(row) for part in key],
+        version_view,
+        asked,
+        descending=[part.descending for part in key],
+    )
 
 
 def condition(asked: Filter) -> ColumnElement[bool]:
@@ -125,3 +169,48 @@ def _there_is(statement: Select[Any]) -> ColumnElement[bool]:
 
 def _texts(values: Iterable[str]) -> ColumnElement[Any]:
     return literal(list(values), ARRAY(Text()))
+
+
+class _Key(NamedTuple):
+    """A part of the order of a search: in SQL, and read off a row for the cursor."""
+
+    column: Column
+    of: Callable[[VersionRow], Any]
+    descending: bool = False
+
+
+def _sort_key(asked: SortKey) -> Iterator[_Key]:
+    match asked.by:
+        case "name":
+            yield _Key(VectorRow.namespace, lambda row: row.vector.namespace, asked.descending)
+            yield _Key(VectorRow.name, lambda row: row.vector.name, asked.descending)
+        case "created_at":
+            yield _Key(VersionRow.created_at, lambda row: row.created_at, asked.descending)
+        case "norm":
+            yield _Key(VersionRow.norm, lambda row: row.norm, asked.descending)
+        case MetricKey() as by:
+            value = _latest(by)
+            yield _Key(value.is_(None), lambda row: _figure(row, by) is None)
+            yield _Key(func.coalesce(value, 0.0), lambda row: _figure(row, by) or 0.0, asked.descending)
+
+
+def _latest(asked: MetricKey) -> ScalarSelect[float]:
+    return (
+        select(EvaluationRow.value)
+        .where(
+            EvaluationRow.version_id == VersionRow.id,
+            EvaluationRow.metric == asked.metric,
+            EvaluationRow.dataset == asked.dataset,
+            EvaluationRow.split == asked.split,
+        )
+        .order_by(EvaluationRow.id.desc())
+        .limit(1)
+        .correlate(VersionRow)
+        .scalar_subquery()
+    )
+
+
+def _figure(row: VersionRow, asked: MetricKey) -> float | None:
+    """What `_latest` gives for a loaded version, whose evaluations are in the order of their ids."""
+    wanted = (asked.metric, asked.dataset, asked.split)
+    return next((e.value for e in reversed(row.evaluations) if (e.metric, e.dataset, e.split) == wanted), None)

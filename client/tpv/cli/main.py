@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import tpv
-from tpv.cli import dataset, export, group, import_, init, job, similarity, vector
+from tpv.cli import combine, dataset, export, group, import_, init, job, similarity, vector
 from tpv.cli.errors import NEEDS_EXTRA, explain
 from tpv.cli.options import Root
 
@@ -31,6 +31,7 @@ def build() -> typer.Typer:
     app.add_typer(vector.app, name="vector")
     app.add_typer(similarity.app, name="similarity")
     app.command("group")(group.group)
+    app.command("combine")(combine.combine)
     app.add_typer(dataset.app, name="dataset")
     app.add_typer(job.app, name="job")
     app.add_typer(import_.app, name="import")

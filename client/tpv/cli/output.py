@@ -53,6 +53,25 @@ class Output:
                 table.add_row(Text(name, style="bold"), Text(cell(value), overflow="fold"))
         self._print(table)
 
+    def tree(self, root: str, branches: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+        """A graph from its root on: below each thing its branches (key, text).
+
+        What is reached on a second way is shown there without its own branches.
+        """
+        shown: set[str] = set()
+        waiting = [(root, root, "", "")]
+        while waiting:  # not by recursion: a lineage may be long
+            key, text, before, below = waiting.pop()
+            again = key in shown and key in branches
+            typer.echo(before + cell(text) + (" (see above)" if again else ""))
+            if key in shown:
+                continue
+            shown.add(key)
+            inner = [(branch, label, f"{below}├── ", f"{below}│   ") for branch, label in branches.get(key, ())]
+            if inner:
+                inner[-1] = (*inner[-1][:2], f"{below}└── ", f"{below}    ")
+            waiting += reversed(inner)
+
     def line(self, data: Any, sentence: str) -> None:
         """An outcome: `data` as JSON, or a sentence."""
         if self.as_json:

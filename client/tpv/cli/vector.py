@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +14,15 @@ import typer
 from tpv._base import UNSET
 from tpv.cli.options import Description, Json, Limit, Namespace, TagPairs, connect, pairs, values
 from tpv.cli.output import Output, plain, short
+from tpv.files import metadata
 from tpv.references import Reference
+from tpv.schemas.lineage import LineageEdge
 from tpv.schemas.vectors import Evaluation, Parent, Version
 
 app = typer.Typer(help="Task prompt vectors: versions, aliases, tags, content.", no_args_is_help=True)
 
 ReferenceArgument = Annotated[str, typer.Argument(help="[namespace/]name, name:3 or name@alias.")]
+_FIGURE = "[[DATASET/]SPLIT/]METRIC=VALUE"
 NameArgument = Annotated[str, typer.Argument(help="[namespace/]name.")]
 
 
@@ -51,7 +55,7 @@ def register(
             task_type=task_type,
             description=description,
             tags=pairs(tags, option="--tag") or None,
-            metrics=_metrics(metrics),
+            metrics=_listed(_json(metrics, "--metrics")),
             method=method,
             hyperparameters=values(hyperparameters, option="--hyperparameter") or None,
             progress=sys.stderr.isatty() and not as_json,
@@ -98,6 +102,71 @@ def list_(
     )  # fmt: skip
 
 
+@app.command("search")
+def search(
+    context: typer.Context,
+    names: Annotated[list[str] | None, typer.Option("--name", help="One of these; repeatable.")] = None,
+    namespace: Namespace = None,
+    task: Annotated[str | None, typer.Option(help="Only of this task.")] = None,
+    task_type: Annotated[str | None, typer.Option(help="Only of this task type.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Only of this base model.")] = None,
+    initialization: Annotated[str | None, typer.Option("--initialization", "-i", help="Only of this one.")] = None,
+    tags: TagPairs = None,
+    alias: Annotated[str | None, typer.Option(help="Only versions that this alias points to.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only what was made by this method.")] = None,
+    at_least: Annotated[list[str] | None, typer.Option(metavar=_FIGURE, help="A metric's least; repeatable.")] = None,
+    at_most: Annotated[list[str] | None, typer.Option(metavar=_FIGURE, help="A metric's most; repeatable.")] = None,
+    created_after: Annotated[datetime | None, typer.Option(help="Registered then or later, in local time.")] = None,
+    created_before: Annotated[datetime | None, typer.Option(help="Registered earlier, in local time.")] = None,
+    tree: Annotated[
+        str | None,
+        typer.Option("--filter", help="A filter with all, any and not, as JSON or @FILE; all hold together."),
+    ] = None,
+    versions: Annotated[str | None, typer.Option(help="newest (the default), all, or alias:NAME.")] = None,
+    sort: Annotated[
+        list[str] | None,
+        typer.Option(help="name, created_at, norm or DATASET/SPLIT/METRIC; a - in front descends; repeatable."),
+    ] = None,
+    limit: Limit = 100,
+    as_json: Json = False,
+) -> None:
+    """Finds versions by what is known of them: of each vector the newest."""
+    metrics = [_figure(text, "at_least") for text in at_least or ()] + [
+        _figure(text, "at_most") for text in at_most or ()
+    ]
+    with connect(context) as client:
+        found = list(
+            islice(
+                client.vectors.search(
+                    _json(tree, "--filter"),
+                    versions=versions,
+                    sort=sort or (),
+                    names=names or None,
+                    namespace=namespace,
+                    task=task,
+                    task_type=task_type,
+                    base_model=base_model,
+                    initialization=initialization,
+                    tags=pairs(tags, option="--tag") or None,
+                    alias=alias,
+                    method=method,
+                    metrics=metrics or None,
+                    created_after=created_after and created_after.astimezone(),
+                    created_before=created_before and created_before.astimezone(),
+                    page_size=min(limit, 1000),
+                ),
+                limit,
+            )
+        )
+    Output(as_json).table(
+        found,
+        ["vector", "aliases", "method", "initialization", "norm", "figures", "created"],
+        ([plain(v.reference), v.aliases, v.method, v.initialization.name or short(v.initialization.fingerprint), v.norm,
+          {f"{e.split}/{e.metric}": e.value for e in v.evaluations}, v.created_at] for v in found),
+        empty="no version passes; see what is there: tpv vector list",
+    )  # fmt: skip
+
+
 @app.command("show")
 def show(context: typer.Context, reference: ReferenceArgument, as_json: Json = False) -> None:
     """Shows a version (the newest for a bare name), and what its vector's versions share."""
@@ -137,6 +206,70 @@ def download(
         {"reference": version.reference, "path": str(target), "digest": version.digest, "size": version.size},
         f"saved {plain(version.reference)} to {target}",
     )
+
+
+@app.command("prompt")
+def prompt(
+    context: typer.Context,
+    reference: ReferenceArgument,
+    path: Annotated[Path, typer.Argument(help="Where to save it, as safetensors.")],
+    initialization: Annotated[
+        str | None, typer.Option("--initialization", "-i", help="P_init; default: the one that the vector belongs to.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="The factor on T.")] = 1.0,
+    allow_mixed_initializations: Annotated[
+        bool,
+        typer.Option("--allow-mixed-initializations", help="Let --initialization be another one than the vector's."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Saves the soft prompt P_init + scale * T (the tensor `prompt`)."""
+    with connect(context) as client:
+        tensor = client.vectors.prompt(
+            reference,
+            initialization,
+            scale,
+            allow_mixed_initializations=allow_mixed_initializations,
+            file=path,
+        )
+    rows, width = tensor.shape
+    made = metadata(path.read_bytes())
+    Output(as_json).line(
+        {**made, "path": str(path), "shape": [rows, width]},
+        f"saved {plain(made['vector'])} with scale {scale:g} on {short(made['initialization'])} to {path}: "
+        f"{rows} x {width}",
+    )
+
+
+@app.command("lineage")
+def lineage(context: typer.Context, reference: ReferenceArgument, as_json: Json = False) -> None:
+    """Shows what a version was made from, and what was made from it, over any number of steps."""
+    with connect(context) as client:
+        found = client.vectors.lineage(reference)
+    out = Output(as_json)
+    nodes = {node.reference: node for node in found.nodes}
+
+    def line(key: str, edge: LineageEdge | None = None) -> str:
+        node = nodes[key]
+        weight = "" if edge is None or edge.weight is None else f" x {edge.weight:g}"
+        parts = [edge and edge.role + weight, plain(key), node.method, "(deleted)" if node.deleted else None]
+        return " ".join(part for part in parts if part)
+
+    made_from: dict[str, list[tuple[str, str]]] = {}
+    made_into: dict[str, list[tuple[str, str]]] = {}
+    for edge in found.edges:
+        made_from.setdefault(edge.child, []).append((edge.parent, line(edge.parent, edge)))
+        made_into.setdefault(edge.parent, []).append((edge.child, line(edge.child, edge)))
+    if as_json:
+        out.json(found)
+        return
+    root = found.reference
+    out.note(line(root))
+    for title, branches in (("made from", made_from), ("made into", made_into)):
+        if root in branches:
+            out.tree(title, {**branches, title: branches[root]})
+    if found.truncated:
+        out.note("there is more; the nearest are shown")
 
 
 @app.command("alias")
@@ -222,14 +355,29 @@ def restore(context: typer.Context, reference: ReferenceArgument, as_json: Json 
     Output(as_json).line({"restored": reference}, f"restored {reference}")
 
 
-def _metrics(text: str | None) -> list[dict[str, Any]] | None:
+def _json(text: str | None, option: str) -> Any:
+    """The JSON of an option, or of the file that it names as @FILE."""
     if text is None:
         return None
     try:
-        found = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+        return json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
     except ValueError as error:
-        raise typer.BadParameter(f"this is no JSON: {error}", param_hint="--metrics") from error
-    return found if isinstance(found, list) else [found]
+        raise typer.BadParameter(f"this is no JSON: {error}", param_hint=option) from error
+
+
+def _listed(found: Any) -> Any:
+    return [found] if isinstance(found, dict) else found
+
+
+def _figure(text: str, bound: str) -> dict[str, Any]:
+    """A metric's condition, of `test/accuracy=0.8`."""
+    key, _, value = text.rpartition("=")
+    metric, split, dataset = [*reversed(key.rsplit("/", 2)), None, None][:3]
+    try:
+        return {"metric": metric, "split": split, "dataset": dataset, bound: float(value)}
+    except ValueError as error:
+        option = f"--{bound.replace('_', '-')}"
+        raise typer.BadParameter(f"{text!r} is not written as {_FIGURE}", param_hint=option) from error
 
 
 def _kept(evaluation: Evaluation) -> str:

@@ -65,6 +65,19 @@ def test_putting_twice_keeps_one_blob(store):
     assert len(list(store.digests())) == 1
 
 
+def test_many_at_once_are_what_they_are_one_by_one(stored_at):
+    store, directory = stored_at
+    contents = [b"%d" % (i % 40) for i in range(50)]
+    known, damaged = store.put(contents[0]), store.put(contents[1]).removeprefix("sha256:")
+    (directory / damaged[:2] / damaged[2:]).write_bytes(b"damaged")
+
+    assert store.put_many(contents) == [files.digest(content) for content in contents]
+    assert [store.get(files.digest(content)) for content in contents] == contents
+    assert known in store.digests()
+    assert sorted(store.digests()) == sorted({files.digest(content) for content in contents})
+    assert store.put_many([]) == []
+
+
 def test_many_writers_of_one_blob_agree(store):
     threads = [threading.Thread(target=store.put, args=(CONTENT,)) for _ in range(8)]
     for thread in threads:

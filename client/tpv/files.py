@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,16 +48,21 @@ def dump(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None
     Tensors and metadata are in the order of their names. (The safetensors library writes metadata in an order that
     changes from process to process.)
     """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    parts, end = [], 0
-    for name in sorted(tensors):
-        array = np.asarray(tensors[name])
-        parts.append(np.ascontiguousarray(array, dtype="<f4").tobytes())
-        start, end = end, end + len(parts[-1])
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    arrays = {name: np.asarray(array) for name, array in tensors.items()}
+    parts = [np.ascontiguousarray(arrays[name], dtype="<f4").tobytes() for name in sorted(arrays)]
+    return b"".join([header({name: array.shape for name, array in arrays.items()}, metadata), *parts])
+
+
+def header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """How `dump` of float32 tensors of these shapes begins; their data follows, in the order of their names."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in sorted(shapes):
+        start, end = end, end + 4 * math.prod(shapes[name])
+        entries[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
-    return b"".join([struct.pack("<Q", len(text)), text, *parts])
+    return struct.pack("<Q", len(text)) + text
 
 
 def metadata(content: bytes | memoryview) -> dict[str, str]:
@@ -67,7 +73,7 @@ def metadata(content: bytes | memoryview) -> dict[str, str]:
 
 
 def load(content: bytes | memoryview) -> dict[str, Float32]:
-    """The tensors of a safetensors file as float32 (r, d) arrays, by name.
+    """The tensors of a safetensors file as float32 arrays of their shapes, by name.
 
     Raises InvalidTensor when the bytes are no safetensors file, the header does not fit the file, a dtype is not a
     float of 16, 32 or 64 bits, or a value is not finite once it is float32.
@@ -81,10 +87,13 @@ def load(content: bytes | memoryview) -> dict[str, Float32]:
         else:
             with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf, refused below
                 values = raw.view(f"<f{_DTYPES[dtype]}").astype(np.float32)
-        if not np.isfinite(values).all():
-            bad = int((~np.isfinite(values)).sum())
+        finite = np.isfinite(values)
+        if not finite.all():
+            first = [int(i) for i in np.unravel_index(np.argmin(finite), shape)]
             raise InvalidTensor(
-                f"tensor {name!r} has {bad} of {values.size} values that are NaN or infinite as float32"
+                f"tensor {name!r} has {np.count_nonzero(~finite)} of {values.size} values that are NaN or infinite as "
+                f"float32, the first at {first}",
+                first=first,
             )
         tensors[name] = values.reshape(shape)
     return tensors

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
+import psycopg
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from psycopg.errors import ProgramLimitExceeded, SerializationFailure
-from sqlalchemy.exc import DataError, DBAPIError, OperationalError
+from psycopg import DataError, OperationalError
+from psycopg.errors import ProgramLimitExceeded
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -54,15 +56,13 @@ def install(app: FastAPI) -> None:
         return answer(Invalid(str(error.detail)), error.status_code)
 
     @app.exception_handler(DBAPIError)
+    @app.exception_handler(psycopg.Error)  # of COPY, which is no business of SQLAlchemy
     @app.exception_handler(PoolTimeout)
     async def database(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(getattr(error, "orig", None), ProgramLimitExceeded) or isinstance(
-            error, DataError
-        ):  # such as a zero byte in a text, which Postgres cannot hold
-            return answer(Invalid(f"a value cannot be stored: {str(getattr(error, 'orig', error)).splitlines()[0]}"))
-        if isinstance(error, OperationalError | PoolTimeout) or isinstance(
-            getattr(error, "orig", None), SerializationFailure
-        ):
+        cause = getattr(error, "orig", error)
+        if isinstance(cause, ProgramLimitExceeded | DataError):  # such as a zero byte, which no text may have
+            return answer(Invalid(f"a value cannot be stored: {str(cause).splitlines()[0]}"))
+        if isinstance(cause, OperationalError | PoolTimeout):
             return answer(Unavailable("the database does not answer; try again later"))
         return unknown(request, error)
 

@@ -48,10 +48,9 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class VersionCreate(Request):
-    """The `metadata` part of a registration; the file holds one tensor, `prompt` (P*) or `vector` (T), (r, d)."""
+class VersionMetadata(Request):
+    """What a registration tells of a vector beside its tensor."""
 
-    initialization: str = Field(description="Name, id or fingerprint of the shared initialization.")
     task: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list, max_length=64)
     task_type: str | None = Field(None, max_length=128)
     description: str | None = Field(None, max_length=10_000)
@@ -60,8 +59,14 @@ class VersionCreate(Request):
     method: str | None = Field(None, max_length=128)
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     dataset_fingerprint: str | None = None
-    fingerprint: str | None = Field(None, description="What the sender believes T's fingerprint to be; checked.")
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+class VersionCreate(VersionMetadata):
+    """The `metadata` part of a registration; the file holds one tensor, `prompt` (P*) or `vector` (T), (r, d)."""
+
+    initialization: str = Field(description="Name, id or fingerprint of the shared initialization.")
+    fingerprint: str | None = Field(None, description="What the sender believes T's fingerprint to be; checked.")
     parents: list[Parent] = Field(default_factory=list, max_length=1000)
 
 

@@ -19,6 +19,7 @@ from tpv_service.jobs.stalled import watch_stalled_jobs
 from tpv_service.queue import Queue
 from tpv_service.registry import (
     aliases,
+    bulk,
     combinations,
     evaluations,
     filters,
@@ -80,7 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     api = APIRouter(prefix="/api/v1")
     for module in (
-        *(initializations, vectors, filters, versions, prompts, lineage, aliases, evaluations, combinations),
+        *(initializations, vectors, bulk, filters, versions, prompts, lineage, aliases, evaluations, combinations),
         *(datasets, jobs, search),
     ):
         api.include_router(module.router)

@@ -299,6 +299,7 @@ async def publish_versions(
     contents = {(vectors[name].id, blob.fingerprint) for name, blob in zip(names, stored, strict=True)}
     found = await _versions_with(session, contents, initialization)
     figures = await _figures_of(session, [version.id for version in found.values()])
+    known = {content: (version.id, version.number) for content, version in found.items()}
     given_back = Counter(vector for vector, _ in found)
     new: dict[tuple[UUID, str], dict[str, Any]] = {}
     evaluations: list[dict[str, Any]] = []
@@ -308,11 +309,12 @@ async def publish_versions(
         content = vector.id, blob.fingerprint
         with of_item(i, names):
             _check_takes(vector, item)
-            if created := content not in found and content not in new:
+            if created := content not in known:
+                known[content] = version_id, number = uuid7(), next(numbers[vector.id])
                 new[content] = {
-                    "id": uuid7(),
+                    "id": version_id,
                     "vector_id": vector.id,
-                    "number": next(numbers[vector.id]),
+                    "number": number,
                     "initialization_id": initialization.id,
                     **{key: getattr(blob, key) for key in _STORED},
                     **made,
@@ -326,14 +328,10 @@ async def publish_versions(
             else:
                 _check_not_deleted(found[content])
                 _check_same_metadata(found[content], made, ())
-        number, version_id = (
-            (new[content]["number"], new[content]["id"])
-            if content in new
-            else (found[content].number, found[content].id)
-        )
-        known = figures.setdefault(version_id, set())
-        added = [metric for metric in item.metrics if _figure(metric) not in known]
-        known.update(map(_figure, added))
+        version_id, number = known[content]
+        measured = figures.setdefault(version_id, set())
+        added = [metric for metric in item.metrics if _figure(metric) not in measured]
+        measured.update(map(_figure, added))
         evaluations += ({"version_id": version_id, **metric.model_dump()} for metric in added)
         answer.append(
             Registered(
@@ -365,8 +363,7 @@ async def _take_numbers(
         vector["tags"] = {**vector["tags"], **item.tags}
         contents.setdefault(item.name, set()).add(blob.fingerprint)
         vector["last_version"] = len(contents[item.name])
-    ordered = [asked[path] for path in sorted(asked)]
-    rows = (await session.execute(_TAKE_NUMBERS, {"asked": ordered})).all()
+    rows = (await session.execute(_TAKE_NUMBERS, {"asked": list(asked.values())})).all()
     vectors = {f"{row.namespace}/{row.name}": row for row in rows}
     numbers = {
         vector.id: iter(range(vector.last_version - asked[path]["last_version"] + 1, vector.last_version + 1))
@@ -376,7 +373,7 @@ async def _take_numbers(
 
 
 def _take_numbers_of_many() -> ReturningInsert[Any]:
-    """`_or_count_up` for vectors given as a JSON list, in its order."""
+    """`_or_count_up` for vectors given as a JSON list, in the order of their names."""
     vectors = Table.metadata.tables["vectors"]
     columns = [c for c in vectors.c if c.key not in ("created_at", "deleted_at")]
     asked = (
@@ -439,7 +436,7 @@ _COPY = f"copy versions ({', '.join(_COPIED)}) from stdin (format binary)"
 
 
 async def _copy_versions(session: AsyncSession, rows: Iterable[dict[str, Any]]) -> None:
-    """Inserts versions, given as values of `_COPIED`: as COPY a third of the time that INSERT takes."""
+    """Inserts versions, given as values of `_COPIED`. By COPY, for an array of pooled vectors has no binary form."""
     connection = (await (await session.connection()).get_raw_connection()).driver_connection
     assert isinstance(connection, AsyncConnection)
     async with connection.cursor() as cursor, cursor.copy(_COPY) as copy:

@@ -29,7 +29,8 @@ class Choice(NamedTuple):
 def greedy(products: Products, similarities: Floats, max_size: int, trade_off: float) -> Choice:
     """Algorithm 2, a block of candidates at a time: one product with the group's sum decides up to the next one taken.
 
-    The block grows while nothing is taken and shrinks when something is, so that few products are computed in vain.
+    The block grows while nothing is taken, and begins again with what the last one took, so that few products are
+    computed in vain.
     """
     members: list[int] = []
     group_sum = products.zero()
@@ -43,13 +44,14 @@ def greedy(products: Products, similarities: Floats, max_size: int, trade_off: f
         fits = after - consistency >= -products.tolerance * np.maximum(scale, squared_norms)
         first = int(fits.argmax())
         if not fits[first]:
-            rank, block = rank + len(ranks), min(2 * block, BLOCK)
+            # Picking so many rows one by one would take longer than multiplying all.
+            rank, block = rank + len(ranks), 2 * block if 64 * block < len(similarities) else len(similarities)
             continue
         members.append(rank + first)
         group_sum = group_sum + products.of_member(rank + first)
         pair_sum, consistency = pair_sum + float(added[first]), float(after[first])
         scale = max(scale, float(squared_norms[first]))
-        rank, block = rank + first + 1, max(1, block // 2)
+        rank, block = rank + first + 1, first + 1
     full = len(members) == max_size
     return Choice(np.asarray(members, dtype=np.int64), rank if full else len(similarities))
 
@@ -204,6 +206,7 @@ class Vectors:
     def __init__(self, sources: Floats, ranking: Ranks) -> None:
         self.sources, self.ranking = sources, ranking
         self.tolerance = 16 * float(np.finfo(sources.dtype).eps)
+        self._squares: Floats | None = None
 
     def zero(self) -> Floats:
         """The sum g of no members."""
@@ -215,9 +218,25 @@ class Vectors:
 
     def with_sum(self, ranks: Ranks, group_sum: Floats) -> tuple[Floats, Floats]:
         """s . g and s . s of each of these sources s, (k,) and (k,)."""
+        group_sum = group_sum.astype(self.sources.dtype)
+        if len(ranks) > len(self.sources) // 16:  # reading all rows in their order is quicker than picking these
+            added, squares = self._all_with_sum(group_sum)
+            return added[self.ranking[ranks]], squares[self.ranking[ranks]]
         rows = self.sources[self.ranking[ranks]]
-        added = np.vecdot(rows, group_sum.astype(rows.dtype))
-        return added.astype(np.float64), np.vecdot(rows, rows).astype(np.float64)
+        return np.vecdot(rows, group_sum).astype(np.float64), np.vecdot(rows, rows).astype(np.float64)
+
+    def _all_with_sum(self, group_sum: Floats) -> tuple[Floats, Floats]:
+        """s . g and s . s of every source s, (n,) and (n,); the squares are taken once, while the rows are read."""
+        added, squares = np.empty(len(self.sources)), self._squares
+        if squares is None:
+            squares = np.empty(len(self.sources))
+        for first in range(0, len(self.sources), BLOCK):
+            rows = self.sources[first : first + BLOCK]
+            added[first : first + BLOCK] = np.vecdot(rows, group_sum)
+            if self._squares is None:
+                squares[first : first + BLOCK] = np.vecdot(rows, rows)
+        self._squares = squares
+        return added, squares
 
     def with_sums_before(self, ranks: Ranks, inside: NDArray[np.bool_]) -> Floats:
         """s . g of each of these sources s, (k,), where g is the sum of those before it that are `inside`."""

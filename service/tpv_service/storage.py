@@ -29,6 +29,8 @@ from tpv_service.settings import Settings
 T = TypeVar("T")
 R = TypeVar("R")
 
+THREADS = 8  #: that move the files of one request
+
 log = structlog.get_logger()
 
 
@@ -63,8 +65,10 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """`work` on each item, eight at a time: a store makes its callers wait more than it computes. In their order."""
     if len(items) == 1:
         return [work(items[0])]
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(work, items))
+    size = -(-len(items) // THREADS) or 1  # a task for each thread: a task for each item takes longer than a small file
+    parts = [items[at : at + size] for at in range(0, len(items), size)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [result for part in pool.map(lambda part: [work(item) for item in part], parts) for result in part]
 
 
 def create_store(settings: Settings) -> BlobStore:

@@ -16,7 +16,12 @@ with engine.connect() as connection:
     connection.execute(text("select pg_advisory_lock(:key)"), {"key": LOCK})
     connection.commit()
     context.configure(
-        connection=connection, target_metadata=Table.metadata, compare_type=True, compare_server_default=True
+        connection=connection,
+        target_metadata=Table.metadata,
+        compare_type=True,
+        compare_server_default=True,
+        # Made by a running service for large families: see tpv_service.search.indexes.
+        include_name=lambda name, kind, parents: not (kind == "index" and (name or "").startswith("search_")),
     )
     with context.begin_transaction():
         context.run_migrations()

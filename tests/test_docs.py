@@ -133,7 +133,8 @@ def answering() -> FakeRegistry:
     summary = {key: fillers[key] for key in fillers if key not in ("base_model", "strategy", "parameters")}
     tense = wire.version("movie-tense-plus-0", 1, vector, namespace="lab")
     tense["initialization"] = {**summary, "base_model": "tpv-registry/lab-t5"}
-    echo = {"rule": "so", "metric": "dot", "initialization": tense["initialization"], "size": 0, "excluded": {}}
+    echo = {"rule": "so", "metric": "dot", "initialization": tense["initialization"], "size": 0}
+    echo |= {"excluded": {}, "excluded_total": 0, "how": "so"}
     figures = {"target_similarity": 0.0, "knowledge_consistency": 0.0, "objective": 0.0, "strategy": "greedy"}
     done = wire.job("succeeded", result="default/phone-dtvg:1", metrics={"test/accuracy": 0.75})
 
@@ -145,7 +146,9 @@ def answering() -> FakeRegistry:
     registry.on("POST /vectors/default/mine/versions", wire.version("mine"))
     pool = {**echo, "exact": True}
     registry.on("POST /similarity/search", {"query": "default/mine:1", "hits": [], "pool": pool})
-    registry.on("POST /groupings", {"target": "t:1", "members": [], "trace": [], "pool": pool, **figures})
+    registry.on(
+        "POST /groupings", {"target": "t:1", "members": [], "trace": [], "trace_total": 0, "pool": pool, **figures}
+    )
     registry.on("POST /jobs", wire.job())
     registry.on(f"GET /jobs/{done['id']}/events", wire.events(finished=True))
     registry.on(f"GET /jobs/{done['id']}", done)

@@ -31,6 +31,8 @@ from tpv_service.registry import (
 )
 from tpv_service.registry.queries import KnownInitializations
 from tpv_service.search import endpoints as search
+from tpv_service.search.families import Families, cache_directory
+from tpv_service.search.indexes import Indexes
 from tpv_service.settings import Settings
 from tpv_service.storage import BlobStore, create_store
 
@@ -42,6 +44,8 @@ class State(TypedDict):
     sessions: async_sessionmaker[AsyncSession]
     readers: async_sessionmaker[AsyncSession]
     initializations: KnownInitializations
+    families: Families
+    indexes: Indexes
     store: BlobStore
     queue: Queue
 
@@ -57,15 +61,19 @@ def create_app(settings: Settings) -> FastAPI:
             async with sessions.begin() as session:
                 await ensure_initial_token(session, settings.initial_token.get_secret_value())
         queue = Queue(settings)
-        async with watch_stalled_jobs(settings, sessions, queue):
-            yield State(
-                settings=settings,
-                sessions=sessions,
-                readers=(readers := create_reader(engine)),
-                initializations=KnownInitializations(readers),
-                store=create_store(settings),
-                queue=queue,
-            )
+        readers = create_reader(engine)
+        with cache_directory(settings.cache_directory) as cache:
+            async with watch_stalled_jobs(settings, sessions, queue), Indexes(settings, readers).opened() as indexes:
+                yield State(
+                    settings=settings,
+                    sessions=sessions,
+                    readers=readers,
+                    initializations=KnownInitializations(readers),
+                    families=Families(readers, cache),
+                    indexes=indexes,
+                    store=create_store(settings),
+                    queue=queue,
+                )
         await engine.dispose()
 
     middleware = [Middleware(problems.BodyLimit, limit=settings.upload_limit)]

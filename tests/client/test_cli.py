@@ -319,7 +319,7 @@ def pool(wire: Any, **excluded: str) -> dict[str, Any]:
     start = wire.initialization()
     summary = {key: start[key] for key in ("id", "namespace", "name", "fingerprint", "num_virtual_tokens", "token_dim")}
     return {"rule": "newest", "metric": "dot", "initialization": {**summary, "base_model": "m"}, "size": 2,
-            "excluded": excluded, "exact": True}  # fmt: skip
+            "excluded": excluded, "excluded_total": len(excluded), "exact": True, "how": "so"}  # fmt: skip
 
 
 def test_a_search_says_what_it_looked_at(run: Run, registry: Any, wire: Any) -> None:
@@ -329,12 +329,14 @@ def test_a_search_says_what_it_looked_at(run: Run, registry: Any, wire: Any) -> 
     shown = run("similarity", "search", "rte", "-k", 3, "-c", "qnli", "-c", "mnli").out
     for text in ("qnli:1", "0.25", "among 2 vectors of initialization family", "rte:1 (the query itself)"):
         assert text in shown
-    assert sent(registry) == {"query": "rte", "k": 3, "candidates": {"references": ["qnli", "mnli"]}}
+    asked = {"query": "rte", "k": 3, "candidates": {"references": ["qnli", "mnli"]}}
+    assert sent(registry) == asked | {"metric": "dot", "accuracy": "auto"}
     assert run("similarity", "search", "rte", "--json").json == answer
 
 
 def test_a_matrix_has_names_on_both_sides(run: Run, registry: Any, wire: Any) -> None:
     answer = {"references": ["default/a:1", "default/b:1"], "matrix": [[1, 0.5], [0.5, 2]], "metric": "dot",
+              "order": [0, 1], "normalized": False,
               "initialization": pool(wire)["initialization"]}  # fmt: skip
     registry.on("POST /similarity/matrix", answer)
     shown = run("similarity", "matrix", "a", "b").out.splitlines()
@@ -350,12 +352,13 @@ def test_a_group_shows_every_decision(run: Run, registry: Any, wire: Any) -> Non
     ]  # fmt: skip
     answer = {"target": "default/t:1", "members": [{"reference": "default/a:1", "similarity": 3}],
               "target_similarity": 3, "knowledge_consistency": 0, "objective": 3, "strategy": "greedy",
-              "trace": trace, "pool": pool(wire)}  # fmt: skip
+              "trace": trace, "trace_total": len(trace), "pool": pool(wire)}  # fmt: skip
     registry.on("POST /groupings", answer)
     shown = run("group", "t", "a", "b", "--max-size", 2).out
     assert "negative-similarity" in shown
     assert "group for t:1: a:1\n" in shown
-    assert sent(registry) == {"target": "t", "candidates": {"references": ["a", "b"]}, "max_size": 2}
+    candidates = {"references": ["a", "b"]}
+    assert sent(registry) == {"target": "t", "candidates": candidates, "strategy": "greedy", "max_size": 2}
     assert run("group", "t", "--json").json["members"] == answer["members"]
 
 

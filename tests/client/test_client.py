@@ -526,7 +526,7 @@ def test_candidates_are_references_or_a_filter(client: Client, registry: Any, wi
     with pytest.raises(errors.NotFound):
         client.groupings.create("rte")
     assert [json.loads(request.content) for request in registry.requests[1:]] == [
-        {"query": "rte", "k": 5, "candidates": {"task_type": "nli"}, "allow_same_task": True},
+        {"query": "rte", "k": 5, "candidates": {"filter": {"task_type": "nli"}}, "allow_same_task": True},
         {"target": "rte", "candidates": {"references": ["mnli", "qnli"]}, "max_size": 3},
         {"target": "rte"},
     ]

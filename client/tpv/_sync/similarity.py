@@ -5,23 +5,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Unpack
 
-from tpv import _base, _paths
+from tpv import _base, _paths, files
 from tpv._sync.http import Http
+from tpv._filters import Conditions, filter_of
 from tpv._paths import VectorLike
+from tpv.grouping import Strategy
+from tpv.schemas.filters import Filter
 from tpv.schemas.similarity import (
     GroupingAnswer,
     GroupingRequest,
+    GroupingsAnswer,
     MatrixAnswer,
     MatrixRequest,
     Pool,
     SearchAnswer,
     SearchRequest,
 )
+from tpv.similarity import Metric
+from tpv.vectors import TaskPromptVector
 
-Candidates = Pool | Sequence[VectorLike] | None  #: these vectors, or all that pass a filter
+Candidates = Pool | Filter | Sequence[VectorLike] | None  #: these vectors, or all that pass a filter
+QueryLike = VectorLike | TaskPromptVector | Mapping[str, float] | Sequence[tuple[VectorLike, float]]
 
 
 class Similarity:
@@ -32,25 +40,57 @@ class Similarity:
 
     def search(
         self,
-        query: VectorLike,
+        query: QueryLike,
         k: int = 10,
         *,
         candidates: Candidates = None,
-        task: str | None = None,
-        task_type: str | None = None,
-        namespace: str | None = None,
-        metric: str | None = None,
+        versions: str | None = None,
+        metric: Metric | None = None,
+        reference_pool: Candidates = None,
         allow_same_task: bool | None = None,
+        allow_mixed_initializations: bool | None = None,
+        accuracy: str | None = None,
+        ef_search: int | None = None,
+        **conditions: Unpack[Conditions],
     ) -> SearchAnswer:
-        """The k vectors most similar to the query, best first; the query itself and its own task are left out."""
-        pool = _pool(candidates, task=task, task_type=task_type, namespace=namespace)
-        members = _base.given(candidates=pool, metric=metric, allow_same_task=allow_same_task)
-        request = _base.message(SearchRequest, query=_paths.reference_of(query), k=k, **members)
+        """The k vectors most similar to the query, best first; the query itself and its own task are left out.
+
+        The query is a reference, a combination (`{"mnli": 1, "rte": -1}`, or pairs), or a TaskPromptVector that need
+        not be registered. Candidates are references, a Filter, or the newest version of each vector of the
+        initialization; `task="nli"` and the like are short for a filter. `accuracy` is auto, exact or approximate.
+        """
+        members = _base.given(
+            candidates=_pool(candidates, versions=versions, conditions=conditions),
+            metric=metric,
+            reference_pool=_pool(reference_pool),
+            allow_same_task=allow_same_task,
+            allow_mixed_initializations=allow_mixed_initializations,
+            accuracy=accuracy,
+            ef_search=ef_search,
+        )
+        request = _base.message(SearchRequest, query=_query(query), k=k, **members)
         return self._http.post(SearchAnswer, "/similarity/search", request, idempotent=True)
 
-    def matrix(self, references: Iterable[VectorLike], *, metric: str | None = None) -> MatrixAnswer:
-        """All similarities between these vectors: `matrix[i][j]` compares references i and j."""
-        members = _base.given(references=[_paths.reference_of(ref) for ref in references], metric=metric)
+    def matrix(
+        self,
+        references: Iterable[VectorLike],
+        *,
+        metric: Metric | None = None,
+        reference_pool: Candidates = None,
+        normalize: bool | None = None,
+        allow_mixed_initializations: bool | None = None,
+    ) -> MatrixAnswer:
+        """All similarities between these vectors: `matrix[i][j]` compares references i and j.
+
+        `order` puts similar ones side by side; `normalize` maps the smallest to 0 and the largest to 1.
+        """
+        members = _base.given(
+            references=[_paths.reference_of(ref) for ref in references],
+            metric=metric,
+            reference_pool=_pool(reference_pool),
+            normalize=normalize,
+            allow_mixed_initializations=allow_mixed_initializations,
+        )
         request = _base.message(MatrixRequest, **members)
         return self._http.post(MatrixAnswer, "/similarity/matrix", request, idempotent=True)
 
@@ -66,29 +106,69 @@ class Groupings:
         target: VectorLike,
         candidates: Candidates = None,
         *,
-        task: str | None = None,
-        task_type: str | None = None,
-        namespace: str | None = None,
-        strategy: str | None = None,
+        versions: str | None = None,
+        strategy: Strategy | None = None,
+        trade_off: float | None = None,
         max_size: int | None = None,
         min_similarity: float | None = None,
         allow_same_task: bool | None = None,
+        allow_mixed_initializations: bool | None = None,
+        compare: bool | None = None,
+        trace: str | None = None,
+        **conditions: Unpack[Conditions],
     ) -> GroupingAnswer:
-        """The group for a target, in order, with its figures and the trace of decisions."""
+        """The group for a target, in order, with its figures and the trace of decisions.
+
+        `compare` adds what every other strategy would choose. Of a large pool the trace lists the first hundred
+        decisions and every source taken, unless `trace="all"`.
+        """
         members = _base.given(
-            candidates=_pool(candidates, task=task, task_type=task_type, namespace=namespace),
+            candidates=_pool(candidates, versions=versions, conditions=conditions),
             strategy=strategy,
+            trade_off=trade_off,
             max_size=max_size,
             min_similarity=min_similarity,
             allow_same_task=allow_same_task,
+            allow_mixed_initializations=allow_mixed_initializations,
+            compare=compare,
+            trace=trace,
         )
         request = _base.message(GroupingRequest, target=_paths.reference_of(target), **members)
         return self._http.post(GroupingAnswer, "/groupings", request, idempotent=True)
 
+    def create_many(
+        self, targets: Iterable[VectorLike], candidates: Candidates = None, **options: Any
+    ) -> list[GroupingAnswer]:
+        """The group of each target, from one request; the options are those of `create`."""
+        conditions = {key: options.pop(key) for key in Conditions.__annotations__ if key in options}
+        pool = _pool(candidates, versions=options.pop("versions", None), conditions=conditions)
+        members = _base.given(candidates=pool, **options)
+        request = _base.message(GroupingRequest, target=[_paths.reference_of(ref) for ref in targets], **members)
+        answer = self._http.post(GroupingsAnswer, "/groupings", request, idempotent=True)
+        return answer.items
 
-def _pool(candidates: Candidates, **filters: Any) -> Pool | None:
+
+def _query(query: QueryLike) -> str | dict[str, Any] | list[dict[str, Any]]:
+    """The query of a search as the wire has it."""
+    if isinstance(query, TaskPromptVector):
+        content = base64.b64encode(files.dump({"vector": query.tensor}))
+        return {"file": content, "initialization": query.initialization}
+    if isinstance(query, Mapping):
+        query = list(query.items())
+    if isinstance(query, Sequence) and not isinstance(query, str):
+        return [{"vector": _paths.reference_of(vector), "weight": weight} for vector, weight in query]
+    return _paths.reference_of(query)
+
+
+def _pool(
+    candidates: Candidates, *, versions: str | None = None, conditions: Mapping[str, Any] | None = None
+) -> Pool | None:
     if isinstance(candidates, Pool):
         return candidates
-    references = None if candidates is None else [_paths.reference_of(ref) for ref in candidates]
-    members = _base.given(references=references, **filters)
+    chosen, references = (candidates, None) if isinstance(candidates, Filter) else (None, candidates)
+    members = _base.given(
+        references=None if references is None else [_paths.reference_of(ref) for ref in references],
+        filter=filter_of(chosen, conditions or {}),
+        versions=versions,
+    )
     return _base.message(Pool, **members) if members else None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from csv import writer as csv_writer
+from typing import Annotated, Literal
 
 import typer
 
-from tpv.cli.options import Json, Namespace, connect
+from tpv.cli.options import Json, Namespace, connect, pairs
 from tpv.cli.output import Output, plain
 from tpv.schemas.similarity import PoolEcho
+from tpv.similarity import Metric
+
+_SHOWN = 10  #: vectors left out that a sentence names
 
 app = typer.Typer(help="How close tasks are, by their vectors.", no_args_is_help=True)
 
@@ -17,31 +22,53 @@ CandidateOptions = Annotated[
 ]
 TaskOption = Annotated[str | None, typer.Option(help="Only vectors of this task.")]
 TaskTypeOption = Annotated[str | None, typer.Option(help="Only vectors of this task type.")]
+MetricOption = Annotated[Metric, typer.Option(help="How vectors are compared.")]
+TagOption = Annotated[list[str] | None, typer.Option("--tag", metavar="KEY=VALUE", help="Only with this; repeatable.")]
+MixedOption = Annotated[
+    bool,
+    typer.Option("--allow-mixed-initializations", help="Also vectors of other initializations of the base model."),
+]
 SameTask = Annotated[bool, typer.Option("--allow-same-task", help="Also vectors of the same task.")]
 
 
 @app.command("search")
 def search(
     context: typer.Context,
-    query: Annotated[str, typer.Argument(help="The vector to compare with.")],
+    query: Annotated[
+        list[str], typer.Argument(help="The vector to compare with, or several as NAME=WEIGHT: their weighted sum.")
+    ],
     k: Annotated[int, typer.Option("-k", "--k", min=1, max=1000, help="Hits at most.")] = 10,
+    metric: MetricOption = "dot",
     candidates: CandidateOptions = None,
     task: TaskOption = None,
     task_type: TaskTypeOption = None,
     namespace: Namespace = None,
+    tag: TagOption = None,
     allow_same_task: SameTask = False,
+    allow_mixed_initializations: MixedOption = False,
+    accuracy: Annotated[
+        Literal["auto", "exact", "approximate"], typer.Option(help="Whether an index may be asked.")
+    ] = "auto",
+    ef_search: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="How thoroughly the index is searched.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Finds the vectors most similar to one."""
+    """Finds the vectors most similar to one, or to a combination."""
     with connect(context) as client:
         answer = client.similarity.search(
-            query,
+            query[0] if len(query) == 1 and "=" not in query[0] else _terms(query),
             k,
+            metric=metric,
             candidates=candidates or None,
             task=task,
             task_type=task_type,
             namespace=namespace,
+            tags=pairs(tag, option="--tag") or None,
             allow_same_task=allow_same_task or None,
+            allow_mixed_initializations=allow_mixed_initializations or None,
+            accuracy=accuracy,
+            ef_search=ef_search,
         )
     out = Output(as_json)
     if as_json:
@@ -60,23 +87,49 @@ def search(
 def matrix(
     context: typer.Context,
     references: Annotated[list[str], typer.Argument(help="The vectors to compare.")],
+    metric: MetricOption = "dot",
+    normalize: Annotated[bool, typer.Option(help="Map the smallest to 0 and the largest to 1.")] = False,
+    allow_mixed_initializations: MixedOption = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.", rich_help_panel="Output")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compares vectors, each with each."""
+    """Compares vectors, each with each; similar ones are shown side by side."""
     with connect(context) as client:
-        answer = client.similarity.matrix(references)
+        answer = client.similarity.matrix(
+            references,
+            metric=metric,
+            normalize=normalize or None,
+            allow_mixed_initializations=allow_mixed_initializations or None,
+        )
     out = Output(as_json)
     if as_json:
         out.json(answer)
         return
-    names = [plain(reference) for reference in answer.references]
-    rows = ([name, *row] for name, row in zip(names, answer.matrix, strict=True))
+    names = [plain(answer.references[i]) for i in answer.order]
+    rows = [[name, *(answer.matrix[i][j] for j in answer.order)] for name, i in zip(names, answer.order, strict=True)]
+    if csv:
+        writer = csv_writer(sys.stdout, lineterminator="\n")
+        writer.writerows([["", *names], *rows])
+        return
     out.table([], [answer.metric, *names], rows)
+
+
+def _terms(arguments: list[str]) -> list[tuple[str, float]]:
+    """`NAME=WEIGHT` arguments of a combination; a name alone weighs 1."""
+    terms = []
+    for argument in arguments:
+        name, _, weight = argument.partition("=")
+        try:
+            terms.append((name, float(weight or 1)))
+        except ValueError as error:
+            raise typer.BadParameter(f"{argument!r} is not written as NAME=WEIGHT", param_hint="QUERY") from error
+    return terms
 
 
 def pool_line(pool: PoolEcho) -> str:
     """What a query looked at, in a sentence."""
-    left_out = ", ".join(f"{plain(reference)} ({why})" for reference, why in pool.excluded.items())
+    left_out = ", ".join(f"{plain(reference)} ({why})" for reference, why in list(pool.excluded.items())[:_SHOWN])
+    more = f" and {pool.excluded_total - _SHOWN} more" if pool.excluded_total > _SHOWN else ""
     initialization = pool.initialization.name or pool.initialization.fingerprint[:19]
-    among = f"among {pool.size} vectors of initialization {initialization} ({pool.rule})"
-    return f"{among}; left out: {left_out}" if left_out else among
+    among = f"among {pool.size} vectors of initialization {initialization} ({pool.rule}; {pool.how})"
+    return f"{among}; left out: {left_out}{more}" if left_out else among

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Base64Bytes, Field, model_validator
 
+from tpv.grouping import Strategy
 from tpv.schemas.base import Answer, Request
+from tpv.schemas.filters import VERSIONS_HELP, Filter, Versions
 from tpv.schemas.vectors import InitializationSummary
+from tpv.similarity import Metric
+
+MATRIX_LIMIT = 1000  #: vectors of one matrix
+FLAT_LIMIT = 200  #: vectors whose whole tensors are compared at a time
+LISTED = 100  #: exclusions and decisions that an answer lists
 
 
 class Pool(Request):
-    """Which vectors a query looks at: the newest not deleted version of each vector that passes.
+    """Which vectors a query looks at: the references, or what passes the filter; both left out, the whole family.
 
-    With `references`, exactly those; else every vector of the initialization that passes the filter.
+    A family are the vectors of one initialization. A vector's newest version is the newest of that family.
     """
 
-    references: list[str] | None = Field(default=None, min_length=1, max_length=10_000)
-    task: str | None = None
-    task_type: str | None = None
-    namespace: str | None = None
+    references: list[str] | None = Field(None, min_length=1, max_length=10_000)
+    filter: Filter | None = None
+    versions: Versions = Field("newest", description=VERSIONS_HELP)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.references is not None and self.model_fields_set & {"filter", "versions"}:
+            raise ValueError("give references, or a filter and versions, not both")
+        return self
 
 
 class PoolEcho(Answer):
@@ -28,17 +40,59 @@ class PoolEcho(Answer):
     rule: str
     metric: str
     initialization: InitializationSummary
+    mixed_initializations: list[InitializationSummary] = Field(
+        default_factory=list
+    )  #: those of the pool, when other ones than that are there
     size: int
-    excluded: dict[str, str]  #: reference -> why it was left out
-    exact: bool
+    excluded: dict[str, str]  #: reference -> why it was left out; the first hundred
+    excluded_total: int
+    exact: bool  #: False: an index, or a shortlist, was asked first
+    how: str  #: in words
+
+
+class Term(Request):
+    """One vector of a combination, with its weight."""
+
+    vector: str
+    weight: float = Field(1.0, allow_inf_nan=False)
+
+
+class Uploaded(Request):
+    """A vector that is not registered: a safetensors file with one tensor, `prompt` (P*) or `vector` (T), (r, d)."""
+
+    file: Base64Bytes = Field(max_length=32 * 1024**2)
+    initialization: str
 
 
 class SearchRequest(Request):
-    query: str = Field(description="Reference of the vector to compare with.")
+    query: str | list[Term] | Uploaded = Field(
+        description="A reference, a combination of vectors (the sum of weight times T), or an uploaded vector."
+    )
     k: int = Field(10, ge=1, le=1000)
-    metric: Literal["dot"] = "dot"
+    metric: Metric = "dot"
     candidates: Pool = Field(default_factory=Pool)
+    reference_pool: Pool | None = Field(
+        None,
+        description="For the centred metrics: its mean is subtracted. Default: the newest version of each vector of "
+        "the initialization, the query left out.",
+    )
     allow_same_task: bool = False
+    allow_mixed_initializations: bool = Field(
+        False, description="Compare vectors of other initializations of the same base model and shape too."
+    )
+    accuracy: Literal["auto", "exact", "approximate"] = Field(
+        "auto", description="approximate asks the index (`dot` alone); auto does where that is faster and possible."
+    )
+    ef_search: int = Field(200, ge=1, le=1000, description="How thoroughly the index is searched.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if isinstance(self.query, list) and not 1 <= len(self.query) <= 1000:
+            raise ValueError("a combination has 1 to 1000 terms")
+        _check_centre(self.metric, self.reference_pool)
+        if self.accuracy == "approximate" and self.metric != "dot":
+            raise ValueError(f"there is an index for the metric dot alone; {self.metric} is exact")
+        return self
 
 
 class Hit(Answer):
@@ -55,8 +109,20 @@ class SearchAnswer(Answer):
 
 
 class MatrixRequest(Request):
-    references: list[str] = Field(min_length=1, max_length=1000)
-    metric: Literal["dot"] = "dot"
+    references: list[str] = Field(min_length=1, max_length=MATRIX_LIMIT)
+    metric: Metric = "dot"
+    reference_pool: Pool | None = Field(None, description="As in a search; default: the whole family.")
+    allow_mixed_initializations: bool = False
+    normalize: bool = Field(False, description="Min-max over the matrix, as in the DTVG paper's Fig. 10 and 11.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _check_centre(self.metric, self.reference_pool)
+        if self.metric == "cosine-flat" and len(self.references) > FLAT_LIMIT:
+            raise ValueError(
+                f"cosine-flat reads every vector whole: at most {FLAT_LIMIT} references; `cosine` takes {MATRIX_LIMIT}"
+            )
+        return self
 
 
 class MatrixAnswer(Answer):
@@ -64,17 +130,24 @@ class MatrixAnswer(Answer):
 
     references: list[str]
     matrix: list[list[float]]
+    order: list[int]  #: of rows and columns, so that similar ones are neighbours (average linkage)
     metric: str
+    normalized: bool
     initialization: InitializationSummary
+    mixed_initializations: list[InitializationSummary] = Field(default_factory=list)
 
 
 class GroupingRequest(Request):
-    target: str
+    target: str | list[str] = Field(description="One vector, or up to 100; several give `items`, one a target.")
     candidates: Pool = Field(default_factory=Pool)
-    strategy: Literal["greedy"] = "greedy"
+    strategy: Strategy = "greedy"
+    trade_off: float | None = Field(None, ge=0, allow_inf_nan=False, description="Weight of KC; for `exact` alone.")
     max_size: int | None = Field(None, ge=0)
-    min_similarity: float | None = None
+    min_similarity: float | None = Field(None, allow_inf_nan=False)
     allow_same_task: bool = False
+    allow_mixed_initializations: bool = False
+    compare: bool = Field(False, description="Also what every other strategy would choose.")
+    trace: Literal["top", "all"] = Field("top", description=f"top: the first {LISTED} decisions, and all that took.")
 
     @model_validator(mode="before")
     @classmethod
@@ -83,6 +156,16 @@ class GroupingRequest(Request):
         if isinstance(values, dict) and isinstance(values.get("candidates"), list):
             return {**values, "candidates": {"references": values["candidates"]}}
         return values
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if isinstance(self.target, list) and not 1 <= len(self.target) <= 100:
+            raise ValueError("name 1 to 100 targets")
+        if self.trade_off is not None and self.strategy != "exact":
+            raise ValueError(f"trade_off matters to the strategy exact alone, not to {self.strategy}")
+        if self.strategy == "top-k" and self.max_size is None:
+            raise ValueError("top-k needs max_size, which is its k")
+        return self
 
 
 class Member(Answer):
@@ -94,10 +177,22 @@ class TraceEntry(Answer):
     reference: str
     rank: int
     similarity: float
-    consistency_before: float
-    consistency_after: float
+    consistency_before: float | None
+    consistency_after: float | None
     taken: bool
     reason: str
+
+
+class StrategyResult(Answer):
+    """What one strategy chooses from the same pool; `refused` says why it does not."""
+
+    strategy: str
+    size: int
+    members: list[str]  #: the first hundred
+    target_similarity: float
+    knowledge_consistency: float
+    objective: float
+    refused: str | None = None
 
 
 class GroupingAnswer(Answer):
@@ -108,4 +203,17 @@ class GroupingAnswer(Answer):
     objective: float
     strategy: str
     trace: list[TraceEntry]
+    trace_total: int  #: decisions there were; more than are listed in `trace` when it is cut
+    comparison: list[StrategyResult] | None = None
     pool: PoolEcho
+
+
+class GroupingsAnswer(Answer):
+    """One grouping for each target, in their order."""
+
+    items: list[GroupingAnswer]
+
+
+def _check_centre(metric: Metric, reference_pool: Pool | None) -> None:
+    if reference_pool is not None and not metric.endswith("-centered"):
+        raise ValueError(f"reference_pool belongs to the centred metrics, not to {metric}")

@@ -48,6 +48,7 @@ _DECIDED_HERE = tuple(
     for name in (
         "DATABASE_URL",
         "BLOB_",
+        "CACHE_",
         "S3_",
         "HOST",
         "PORT",
@@ -88,6 +89,7 @@ def up(data_dir: Path, *, host: str, port: int, workers: int, model_directories:
         api_settings = {
             "DATABASE_URL": postgres.url,
             "BLOB_DIRECTORY": str(data_dir / "blobs"),
+            "CACHE_DIRECTORY": str(data_dir / "cache"),
             "AUTHENTICATION": "false",
         }
         api = _Child("api", ["tpv_service.server", str(listener.fileno())], api_settings, group, [listener.fileno()])

@@ -27,9 +27,9 @@ from tpv_service.jobs import queries
 from tpv_service.jobs.lifecycle import enqueue, resolved_vector, show
 from tpv_service.jobs.tables import JobRow, NeedRow
 from tpv_service.queue import Queue
+from tpv_service.registry.compatibility import check_same_initialization
 from tpv_service.registry.queries import resolve_initialization, resolve_version, vector_by_name
 from tpv_service.registry.tables import InitializationRow, VersionRow
-from tpv_service.search.pool import check_same_initialization
 
 _COMMON = frozenset({"method", "options", "seed", "queue", "priority", "description", "tags"})
 _TRAINING = frozenset({"shots", "shot_seed", "task_type"})

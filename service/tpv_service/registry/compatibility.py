@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tpv.errors import IncompatibleVectors
-from tpv_service.registry.tables import InitializationRow
+from tpv_service.registry.tables import InitializationRow, VersionRow
+from tpv_service.registry.views import version_reference
 
 _FACTS: Mapping[str, Callable[[InitializationRow], Any]] = {
     "fingerprint": lambda row: row.fingerprint,
@@ -40,6 +41,16 @@ def are_mixed(one: tuple[str, InitializationRow], other: tuple[str, Initializati
         f"{', '.join(differences)}; {hint}",
         differences=differences,
     )
+
+
+def check_same_initialization(
+    rows: Sequence[VersionRow], *, first: tuple[str, InitializationRow] | None = None, mixed: bool = False
+) -> None:
+    """Raises IncompatibleVectors unless all versions, and what comes `first`, may meet; `mixed` as in `are_mixed`."""
+    first = first or (version_reference(rows[0]), rows[0].initialization)
+    for row in rows:
+        if row.initialization_id != first[1].id:
+            are_mixed(first, (version_reference(row), row.initialization), allowed=mixed)
 
 
 def label(row: InitializationRow) -> str:

@@ -2,117 +2,250 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import csv
+from io import StringIO
+from typing import Annotated, Any, Literal
+from uuid import UUID
 
-from fastapi import APIRouter, Depends
-from sqlalchemy import func, select
-from sqlalchemy.orm import contains_eager, undefer
+import numpy as np
+from fastapi import APIRouter, Depends, Request
+from fastapi import Query as QueryParameter
+from fastapi.responses import Response
+from numpy.typing import NDArray
+from starlette.concurrency import run_in_threadpool
 
-from tpv.grouping import group
+from tpv import grouping
+from tpv.errors import Conflict, Invalid
 from tpv.schemas.similarity import (
+    FLAT_LIMIT,
+    LISTED,
     GroupingAnswer,
     GroupingRequest,
+    GroupingsAnswer,
     Hit,
     MatrixAnswer,
     MatrixRequest,
     Member,
     SearchAnswer,
     SearchRequest,
+    StrategyResult,
     TraceEntry,
 )
-from tpv.similarity import dot
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.db import Session
-from tpv_service.registry import queries
-from tpv_service.registry.tables import VectorRow, VersionRow
+from tpv_service.registry import queries as registry
+from tpv_service.registry.compatibility import check_same_initialization
 from tpv_service.registry.views import initialization_summary, version_reference
-from tpv_service.search import pool as pools
+from tpv_service.search import indexes, scores
+from tpv_service.search.family import Rows
+from tpv_service.search.queries import (
+    Candidates,
+    Query,
+    choose,
+    named,
+    pooled_of,
+    read_query,
+)
 
 router = APIRouter(tags=["similarity"])
 Reader = Annotated[Actor, Depends(Allowed("read", "write", "worker"))]
 
 
 @router.post("/similarity/search")
-async def search(session: Session, _: Reader, asked: SearchRequest) -> SearchAnswer:
-    """The k vectors most similar to one, exactly, by the product of pooled vectors (Eq. 2)."""
-    target = await queries.resolve_version(session, asked.query)
-    pool = await pools.choose(session, target, asked.candidates, allow_same_task=asked.allow_same_task)
-    vector = select(VersionRow.pooled).where(VersionRow.id == target.id).scalar_subquery()
-    distance = VersionRow.pooled.max_inner_product(vector)  # pgvector's <#> is the negative product
-    size = await session.scalar(select(func.count()).select_from(pool.versions.subquery()))
-    rows = await session.execute(
-        select(VersionRow, (-distance).label("similarity"))
-        .join(VersionRow.vector)
-        .options(contains_eager(VersionRow.vector))
-        .where(VersionRow.id.in_(pool.versions))
-        .order_by(distance, VectorRow.namespace, VectorRow.name, VersionRow.number)
-        .limit(asked.k)
+async def search(request: Request, session: Session, _: Reader, asked: SearchRequest) -> SearchAnswer:
+    """The k vectors most similar to one, to a combination, or to an uploaded one; ties in the order of references."""
+    mixed = asked.allow_mixed_initializations
+    query = await read_query(request, session, asked.query, mixed=mixed)
+    pool = await choose(request, session, query, asked.candidates, allow_same_task=asked.allow_same_task, mixed=mixed)
+    rows, similarities, how = await _nearest(request, session, query, pool, asked)
+    shown = await named(session, pool.ids[rows])
+    hits = sorted(
+        ((shown[bytes(pool.ids[row])], float(value)) for row, value in zip(rows, similarities, strict=True)),
+        key=lambda hit: (-hit[1], hit[0].reference),
     )
     return SearchAnswer(
-        query=version_reference(target),
+        query=query.label,
         hits=[
-            Hit(
-                reference=version_reference(row),
-                similarity=similarity,
-                tasks=row.vector.tasks,
-                task_type=row.vector.task_type,
-            )
-            for row, similarity in rows
+            Hit(reference=of.reference, similarity=similarity, tasks=of.tasks, task_type=of.task_type)
+            for of, similarity in hits[: asked.k]
         ],
-        pool=pool.echo(asked.metric, target.initialization, size or 0),
+        pool=pool.echo(asked.metric, query, how=how),
     )
 
 
-@router.post("/similarity/matrix")
-async def matrix(session: Session, _: Reader, asked: MatrixRequest) -> MatrixAnswer:
+async def _nearest(
+    request: Request, session: Session, query: Query, pool: Candidates, asked: SearchRequest
+) -> tuple[Rows, NDArray[np.float32], str | None]:
+    """Rows of the pool that may be among the best k, their similarities, and how they were found if not by all."""
+    if asked.metric == "cosine-flat":
+        return await _nearest_flat(request, session, query, pool, asked)
+    if asked.metric == "dot" and asked.accuracy != "exact":
+        found = await _by_index(request, session, query, pool, asked)
+        if found is not None:
+            return found
+    measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool)
+    similarities = await run_in_threadpool(measure.one_with_many, query.pooled, pool.matrix)
+    rows = scores.best(similarities, pool.where, asked.k)
+    return rows, similarities[rows], None
+
+
+async def _nearest_flat(
+    request: Request, session: Session, query: Query, pool: Candidates, asked: SearchRequest
+) -> tuple[Rows, NDArray[np.float32], str | None]:
+    rows, how = np.flatnonzero(pool.where), None
+    if len(rows) > FLAT_LIMIT:
+        cosines = scores.Measure(metric="cosine")
+        similarities = await run_in_threadpool(cosines.one_with_many, query.pooled, pool.matrix)
+        rows = scores.best(similarities, pool.where, max(FLAT_LIMIT, asked.k))
+        how = f"the {len(rows)} with the largest cosine of pooled vectors were compared whole"
+    ids = [UUID(bytes=bytes(key)) for key in pool.ids[rows]]
+    return rows, await scores.flat_similarities(request, session, query, ids), how
+
+
+async def _by_index(
+    request: Request, session: Session, query: Query, pool: Candidates, asked: SearchRequest
+) -> tuple[Rows, NDArray[np.float32], str] | None:
+    """What the family's index gives, compared exactly; None when all candidates are to be compared instead."""
+    family: indexes.Indexes = request.state.indexes
+    snapshot, width = pool.snapshot, query.initialization.token_dim
+    ready = snapshot is not None and await family.ready(session, query.initialization, len(snapshot))
+    if asked.accuracy == "approximate" and not ready:
+        raise Conflict(
+            "there is no index for these candidates (yet): it is made for a whole initialization, some time after the "
+            f"first search in {family.above // width} or more vectors; ask with accuracy auto or exact"
+        )
+    if not ready or (asked.accuracy == "auto" and pool.size * width < family.above):
+        return None
+    assert snapshot is not None
+    wanted = min(asked.k, pool.size)
+    count = indexes.shortlist(width, asked.k)
+    for _ in range(3):
+        ids = await family.nearest(
+            session, query.initialization, query.pooled, count=count, ef_search=max(asked.ef_search, min(count, 1000))
+        )
+        rows = snapshot.rows_of(ids)
+        rows = rows[pool.where[rows]]
+        if len(rows) >= wanted:
+            similarities = scores.Measure(metric="dot").one_with_many(query.pooled, pool.matrix[rows])
+            kept = scores.best(similarities, np.ones(len(rows), dtype=bool), asked.k)
+            how = f"an HNSW index gave {len(ids)} (ef_search {asked.ef_search}), which were compared exactly"
+            return rows[kept], similarities[kept], how
+        count *= 8
+    return None  # the filter leaves so few that the index does not find them
+
+
+@router.post("/similarity/matrix", responses={200: {"content": {"text/csv": {}}}}, response_model=MatrixAnswer)
+async def matrix(
+    request: Request,
+    session: Session,
+    _: Reader,
+    asked: MatrixRequest,
+    form: Annotated[
+        Literal["json", "csv"], QueryParameter(alias="format", description="csv: the matrix alone.")
+    ] = "json",
+) -> Any:
     """All similarities among the given vectors; `matrix[i][j]` compares references i and j."""
-    rows = [await queries.resolve_version(session, reference) for reference in asked.references]
-    pools.check_same_initialization(rows)
-    loaded = await session.scalars(
-        queries.bare_version().where(VersionRow.id.in_([row.id for row in rows])).options(undefer(VersionRow.pooled))
-    )
-    by_id = {row.id: row for row in loaded}
-    vectors = pools.pooled_matrix([by_id[row.id] for row in rows])
+    rows = await registry.resolve_versions(session, asked.references)
+    check_same_initialization(rows, mixed=asked.allow_mixed_initializations)
+    if asked.metric == "cosine-flat":
+        values = await scores.flat_matrix(request, rows)
+    else:
+        query = Query(label="the matrix", pooled=np.zeros(0, np.float32), initialization=rows[0].initialization)
+        measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool)
+        vectors = await pooled_of(session, rows)
+        values = await run_in_threadpool(measure.many_with_many, vectors, vectors)
+    order = await run_in_threadpool(_clustered, values)
+    if asked.normalize:
+        spread = float(values.max() - values.min())
+        values = (values - values.min()) / (spread or 1.0)
+    references = [version_reference(row) for row in rows]
+    if form == "csv":
+        return Response(_csv(references, values), media_type="text/csv")
+    others = {row.initialization_id: row.initialization for row in rows[1:]}
+    others.pop(rows[0].initialization_id, None)
     return MatrixAnswer(
-        references=[version_reference(row) for row in rows],
-        matrix=dot(vectors, vectors).tolist(),
+        references=references,
+        matrix=values.tolist(),
+        order=order,
         metric=asked.metric,
+        normalized=asked.normalize,
         initialization=initialization_summary(rows[0].initialization),
+        mixed_initializations=[initialization_summary(row) for row in others.values()],
     )
+
+
+def _clustered(similarities: NDArray[np.float32]) -> list[int]:
+    """Rows in the order of the leaves of an average-linkage clustering; the most similar pair has the distance 0."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    if len(similarities) < 3:
+        return list(range(len(similarities)))
+    distances = np.triu(similarities.max() - similarities.astype(np.float64), 1)
+    order: list[int] = leaves_list(linkage(squareform(distances + distances.T), "average")).tolist()
+    return order
+
+
+def _csv(references: list[str], values: NDArray[np.float32]) -> str:
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["", *references])
+    writer.writerows([reference, *row] for reference, row in zip(references, values.tolist(), strict=True))
+    return text.getvalue()
 
 
 @router.post("/groupings")
-async def create_grouping(session: Session, _: Reader, asked: GroupingRequest) -> GroupingAnswer:
-    """The group of source vectors for a target, with every decision that led to it (Algorithm 2)."""
-    target = await queries.resolve_version(session, asked.target)
-    pool = await pools.choose(session, target, asked.candidates, allow_same_task=asked.allow_same_task)
-    rows, vectors = await pools.load(session, pool)
-    (pooled,) = pools.pooled_matrix(
-        list(
-            await session.scalars(
-                queries.bare_version().where(VersionRow.id == target.id).options(undefer(VersionRow.pooled))
-            )
+async def create_grouping(
+    request: Request, session: Session, _: Reader, asked: GroupingRequest
+) -> GroupingAnswer | GroupingsAnswer:
+    """The group of source vectors for a target, with the decisions that led to it."""
+    if isinstance(asked.target, str):
+        return await _group(request, session, asked, asked.target)
+    return GroupingsAnswer(items=[await _group(request, session, asked, target) for target in asked.target])
+
+
+async def _group(request: Request, session: Session, asked: GroupingRequest, target: str) -> GroupingAnswer:
+    mixed = asked.allow_mixed_initializations
+    query = await read_query(request, session, target)
+    pool = await choose(request, session, query, asked.candidates, allow_same_task=asked.allow_same_task, mixed=mixed)
+    pool = pool.few()
+    similarities = await run_in_threadpool(scores.Measure(metric="dot").one_with_many, query.pooled, pool.matrix)
+    order = await _tie_order(session, asked, pool, similarities)
+    limit = None if asked.trace == "all" else LISTED
+
+    def group(strategy: grouping.Strategy, trace_size: int | None) -> grouping.Grouping:
+        return grouping.group(
+            query.pooled,
+            pool.matrix,
+            strategy=strategy,
+            trade_off=asked.trade_off if strategy == "exact" else None,
+            max_size=asked.max_size,
+            min_similarity=asked.min_similarity,
+            similarities=similarities,
+            where=pool.where,
+            tie_order=order,
+            trace_size=trace_size,
         )
-    )
-    result = group(
-        pooled,
-        vectors.reshape(-1, len(pooled)),
-        strategy=asked.strategy,
-        max_size=asked.max_size,
-        min_similarity=asked.min_similarity,
-    )
-    names = [version_reference(row) for row in rows]
-    similarities = {decision.index: decision.similarity for decision in result.trace}
+
+    try:
+        result = await run_in_threadpool(group, asked.strategy, limit)
+    except ValueError as error:
+        raise Invalid(str(error)) from error
+    others = await run_in_threadpool(_compare, group) if asked.compare else []
+    listed = {decision.index for decision in result.trace} | {*result.members}
+    listed |= {index for _, other, _ in others if other for index in other.members[:LISTED]}
+    shown = await named(session, pool.ids[sorted(listed)])
+    reference = {index: shown[bytes(pool.ids[index])].reference for index in listed}
     return GroupingAnswer(
-        target=version_reference(target),
-        members=[Member(reference=names[i], similarity=similarities[i]) for i in result.members],
+        target=query.label,
+        members=[Member(reference=reference[i], similarity=float(similarities[i])) for i in result.members],
         target_similarity=result.target_similarity,
         knowledge_consistency=result.knowledge_consistency,
         objective=result.objective,
         strategy=asked.strategy,
         trace=[
             TraceEntry(
-                reference=names[decision.index],
+                reference=reference[decision.index],
                 rank=decision.rank,
                 similarity=decision.similarity,
                 consistency_before=decision.consistency_before,
@@ -122,5 +255,44 @@ async def create_grouping(session: Session, _: Reader, asked: GroupingRequest) -
             )
             for decision in result.trace
         ],
-        pool=pool.echo("dot", target.initialization, len(rows)),
+        trace_total=result.trace_total,
+        comparison=[
+            StrategyResult(
+                strategy=strategy,
+                size=len(other.members) if other else 0,
+                members=[reference[index] for index in other.members[:LISTED]] if other else [],
+                target_similarity=other.target_similarity if other else 0.0,
+                knowledge_consistency=other.knowledge_consistency if other else 0.0,
+                objective=other.objective if other else 0.0,
+                refused=refused,
+            )
+            for strategy, other, refused in others
+        ]
+        if asked.compare
+        else None,
+        pool=pool.echo("dot", query),
     )
+
+
+async def _tie_order(
+    session: Session, asked: GroupingRequest, pool: Candidates, similarities: NDArray[np.float32]
+) -> NDArray[np.int64] | None:
+    """Places of candidates with equal similarities: as they were given, else in the order of their references."""
+    if asked.candidates.references is not None or not len(rows := scores.tied(similarities, pool.where)):
+        return None
+    shown = await named(session, pool.ids[rows])
+    order = np.zeros(len(similarities), dtype=np.int64)
+    references = [shown[bytes(key)].reference for key in pool.ids[rows]]
+    order[rows[sorted(range(len(rows)), key=references.__getitem__)]] = np.arange(len(rows))
+    return order
+
+
+def _compare(group: Any) -> list[tuple[str, grouping.Grouping | None, str | None]]:
+    """What every strategy gives, or why it refuses."""
+    results: list[tuple[str, grouping.Grouping | None, str | None]] = []
+    for strategy in grouping.STRATEGIES:
+        try:
+            results.append((strategy, group(strategy, 0), None))
+        except ValueError as error:
+            results.append((strategy, None, str(error)))
+    return results

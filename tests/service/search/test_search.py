@@ -36,7 +36,7 @@ async def test_search_ranks_by_the_product_of_pooled_vectors(client, vectors):
     np.testing.assert_allclose([hit.similarity for hit in answer.hits], [expected[n] for n in best], rtol=1e-5)
     assert answer.pool.size == 6
     assert answer.pool.exact
-    assert answer.pool.excluded == {"default/rte:1": "the target itself"}
+    assert (answer.pool.excluded, answer.pool.excluded_total) == ({"default/rte:1": "the target itself"}, 1)
 
 
 async def test_the_pool_leaves_out_the_targets_own_task_and_what_was_made_from_it(client, vectors):

@@ -1,0 +1,195 @@
+"""The pooled vectors of one initialization as a matrix beside the process, in files that only grow.
+
+Postgres holds the truth; vectors over 2 KB lie out of line there, and reading a family through SQL takes ten times as
+long as multiplying it. So each process keeps a copy, memory-mapped, and adds what is new. A copy that is torn, damaged
+or of another database is dropped, and read again.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.intp]
+Mask = NDArray[np.bool_]
+Float32 = NDArray[np.float32]
+
+RECORD = np.dtype([("id", "V16"), ("vector", "V16"), ("txid", "<u8"), ("number", "<i4"), ("norm", "<f4")])
+
+_BLOCK = 1 << 26  #: bytes that are read at a time to check them
+_FEW = 20  #: versions that are looked for one by one
+_MANY = 64  #: vectors; the newest versions of more are found by sorting all rows once
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A family as it was at one moment; later additions and deletions do not change it."""
+
+    matrix: Float32  #: (n, d), pooled vectors in the order they were added; memory-mapped
+    records: NDArray[Any]  #: (n,) of RECORD
+    alive: Mask  #: (n,), neither version nor vector is deleted
+    newest: Mask  #: (n,), the newest living version of its vector
+
+    def __len__(self) -> int:
+        return len(self.matrix)
+
+    @cached_property
+    def total(self) -> tuple[NDArray[np.float64], int]:
+        """The sum (d,) of the newest versions' pooled vectors, and how many these are; what a centre is made of."""
+        total = np.zeros(self.matrix.shape[1])
+        for start in range(0, len(self), 4096):
+            block = self.matrix[start : start + 4096][self.newest[start : start + 4096]]
+            total += block.sum(axis=0, dtype=np.float64)
+        return total, int(self.newest.sum())
+
+    def rows_of(self, ids: Iterable[UUID]) -> Rows:
+        """The rows of the versions that are here, in their order; ids from elsewhere are passed over."""
+        wanted = np.array([version.bytes for version in ids], dtype="V16")
+        if len(wanted) <= _FEW and "_by_id" not in vars(self):  # sorting all ids for these would take longer
+            kept = np.ascontiguousarray(self.records["id"])
+            return np.concatenate([np.zeros(0, np.intp), *(np.flatnonzero(kept == version) for version in wanted)])
+        _, second = _halves(wanted)
+        order, sorted_second = self._by_id
+        place = np.minimum(np.searchsorted(sorted_second, second), max(0, len(order) - 1))
+        rows = order[place] if len(order) else np.zeros(0, np.intp)
+        found: Rows = rows[self.records["id"][rows] == wanted[: len(rows)]]
+        return found
+
+    @cached_property
+    def _by_id(self) -> tuple[Rows, NDArray[np.uint64]]:
+        second = _halves(self.records["id"])[1]  # 62 of its bits are random: no two are equal
+        order = np.argsort(second, kind="stable")
+        return order, second[order]
+
+    def _rows_of_vector(self, vector: Any) -> Rows:
+        first, second = _halves(self.records["vector"])
+        one, other = _halves(np.array([vector], dtype="V16"))
+        return np.flatnonzero((second == other[0]) & (first == one[0]))
+
+
+class Family:
+    """Writes and maps the files of one family. Not for two threads, nor for two processes, at a time."""
+
+    def __init__(self, path: Path, width: int, source: str) -> None:
+        """Opens the copy of the family at `path` (three files), or begins a new one.
+
+        `source` tells the database apart from any other; a copy of another one is dropped.
+        """
+        self.width = width
+        self.horizon = 0  #: every transaction with a smaller number had ended when the copy was last brought up to date
+        self._head = {"format": 1, "source": source, "width": width}
+        self._log, self._matrix, self._records = (path.with_suffix(f".{name}") for name in ("log", "f32", "rows"))
+        count = self._recover()
+        for file, size in ((self._matrix, 4 * width), (self._records, RECORD.itemsize)):
+            with file.open("ab") as opened:
+                opened.truncate(count * size)
+        alive = np.ones(count, dtype=bool)
+        self.snapshot = self._map(count, alive, np.zeros(count, dtype=bool))
+        self.set_alive([], [])
+        #: False as long as nobody has said which of the rows found on disk were deleted meanwhile
+        self.knows_deleted = count == 0
+
+    def append(self, records: NDArray[Any], pooled: Float32, alive: Mask, horizon: int) -> None:
+        """Adds rows (n, d) with their records; they are part of the next snapshot."""
+        now = self.snapshot
+        records["norm"] = np.sqrt(np.vecdot(pooled, pooled))
+        contents = np.ascontiguousarray(pooled, dtype="<f4").tobytes(), records.tobytes()
+        for file, content in zip((self._matrix, self._records), contents, strict=True):
+            with file.open("ab") as opened:
+                opened.write(content)
+        count = len(now) + len(records)
+        entry = {"rows": count, "crc": [zlib.crc32(content) for content in contents], "horizon": horizon}
+        with self._log.open("a") as log:
+            log.write(json.dumps(entry) + "\n")
+        self.horizon = horizon
+        grown = self._map(count, np.concatenate([now.alive, alive]), np.concatenate([now.newest, np.zeros_like(alive)]))
+        self.snapshot = _with_newest(grown, np.unique(records["vector"]))
+
+    def set_alive(self, ids: Sequence[UUID], alive: Sequence[bool]) -> None:
+        """Says of versions, some of which may not be here, whether they live."""
+        now = self.snapshot
+        states = dict(zip(ids, alive, strict=True))
+        rows = now.rows_of(states)
+        changed = now.alive.copy()
+        for row in rows.tolist():
+            changed[row] = states[UUID(bytes=now.records["id"][row].tobytes())]
+        touched = np.unique(now.records["vector"][rows]) if ids else None
+        self.snapshot = _with_newest(Snapshot(now.matrix, now.records, changed, now.newest), touched)
+
+    def since_horizon(self) -> list[UUID]:
+        """The versions that a look at everything since the horizon would find again."""
+        records = self.snapshot.records
+        return [UUID(bytes=version.tobytes()) for version in records["id"][records["txid"] >= self.horizon]]
+
+    def _map(self, count: int, alive: Mask, newest: Mask) -> Snapshot:
+        if count == 0:
+            return Snapshot(np.zeros((0, self.width), np.float32), np.zeros(0, RECORD), alive, newest)
+        matrix = np.memmap(self._matrix, "<f4", mode="r", shape=(count, self.width))
+        records = np.memmap(self._records, RECORD, mode="r", shape=(count,))
+        return Snapshot(matrix.view(np.ndarray), records.view(np.ndarray), alive, newest)
+
+    def _recover(self) -> int:
+        """How many rows of the files are whole; 0, with a new log, when they cannot be trusted."""
+        try:
+            head, *entries = [json.loads(line) for line in self._log.read_text().splitlines()]
+            if head != self._head:
+                raise ValueError
+            count = 0
+            with self._matrix.open("rb") as matrix, self._records.open("rb") as records:
+                for entry in entries:
+                    added = entry["rows"] - count
+                    sizes = (added * 4 * self.width, added * RECORD.itemsize)
+                    if [_crc(f, size) for f, size in zip((matrix, records), sizes, strict=True)] != entry["crc"]:
+                        raise ValueError
+                    count, self.horizon = entry["rows"], entry["horizon"]
+            return count
+        except (OSError, ValueError, KeyError, TypeError):
+            # Also after a torn last write: to read the family again costs seconds, to be wrong costs trust.
+            self.horizon = 0
+            self._log.write_text(json.dumps(self._head) + "\n")
+            return 0
+
+
+def _crc(file: Any, size: int) -> int:
+    crc = 0
+    while size > 0:
+        content = file.read(min(size, _BLOCK))
+        if not content:
+            raise ValueError
+        crc, size = zlib.crc32(content, crc), size - len(content)
+    return crc
+
+
+def _halves(ids: NDArray[Any]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    halves = np.ascontiguousarray(ids).view(">u8").reshape(-1, 2)
+    return halves[:, 0], halves[:, 1].astype(np.uint64)
+
+
+def _with_newest(snapshot: Snapshot, touched: NDArray[Any] | None) -> Snapshot:
+    """The snapshot with `newest` made true again for the touched vectors; None means all."""
+    numbers, alive = snapshot.records["number"], snapshot.alive
+    if touched is not None and len(touched) <= _MANY:
+        newest = snapshot.newest.copy()
+        for vector in touched:
+            rows = snapshot._rows_of_vector(vector)
+            newest[rows] = False
+            if (living := rows[alive[rows]]).size:
+                newest[living[np.argmax(numbers[living])]] = True
+    else:
+        newest = np.zeros(len(snapshot), dtype=bool)
+        rows = np.flatnonzero(alive)
+        first, second = _halves(snapshot.records["vector"][rows])
+        order = np.lexsort((numbers[rows], second, first))
+        last = np.ones(len(rows), dtype=bool)  # of its vector, in this order
+        last[:-1] = (np.diff(first[order]) != 0) | (np.diff(second[order]) != 0)
+        newest[rows[order[last]]] = True
+    return Snapshot(snapshot.matrix, snapshot.records, alive, newest)

@@ -1,0 +1,147 @@
+"""Approximate search in large families: an HNSW index of pgvector for each, built beside everything else.
+
+Recall is that of the index; the similarities in an answer are exact, for what the index finds is compared again with
+the vectors themselves. Below the width where a family's copy is multiplied as fast, there is no index.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from uuid import UUID
+
+import pgvector
+import structlog
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from tpv_service.registry.tables import InitializationRow
+from tpv_service.search.family import Float32
+from tpv_service.settings import Settings
+
+log = structlog.get_logger()
+
+_LOCK = 4_927_113_802  #: any number that only the building of these indexes locks
+_VECTOR, _HALFVEC = 2000, 4000  #: the widest that pgvector's HNSW takes of each type
+
+
+def name_of(initialization: UUID) -> str:
+    """The index of a family; migrations leave names of this form alone."""
+    return f"search_{initialization.hex}"
+
+
+def expression(width: int) -> tuple[str, str]:
+    """What is indexed, and by which operators. Beyond half precision, the signs of the numbers: one bit each."""
+    if width <= _VECTOR:
+        return f"(pooled::vector({width}))", "vector_ip_ops"
+    if width <= _HALFVEC:
+        return f"(pooled::halfvec({width}))", "halfvec_ip_ops"
+    return f"(binary_quantize(pooled)::bit({width}))", "bit_hamming_ops"
+
+
+def shortlist(width: int, k: int) -> int:
+    """How many the index is asked for, so that after the comparison with the vectors the best k are among them."""
+    if width <= _VECTOR:
+        return k + 20  # some may be deleted, or not the newest
+    return max(100, 4 * k) if width <= _HALFVEC else max(1000, 40 * k)
+
+
+class Indexes:
+    """Builds the indexes of this database, one at a time among all processes of the service."""
+
+    def __init__(self, settings: Settings, readers: async_sessionmaker[AsyncSession]) -> None:
+        self.above = settings.search_index_above
+        self._memory = settings.search_index_memory
+        self._readers = readers
+        self._ready: set[UUID] = set()
+        self._wanted: asyncio.Queue[InitializationRow] = asyncio.Queue()
+        self._asked: set[UUID] = set()
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[Indexes]:
+        building = asyncio.create_task(self._build_wanted())
+        try:
+            yield self
+        finally:
+            building.cancel()
+            with suppress(asyncio.CancelledError):
+                await building
+
+    async def ready(self, session: AsyncSession, initialization: InitializationRow, rows: int) -> bool:
+        """Whether the family has an index; a large one without gets it some time later."""
+        if rows * initialization.token_dim < self.above:
+            return False
+        if initialization.id not in self._ready and await self._is_valid(session, initialization.id):
+            self._ready.add(initialization.id)
+        if initialization.id not in self._ready and initialization.id not in self._asked:
+            self._asked.add(initialization.id)
+            self._wanted.put_nowait(initialization)
+        return initialization.id in self._ready
+
+    async def nearest(
+        self, session: AsyncSession, initialization: InitializationRow, pooled: Float32, *, count: int, ef_search: int
+    ) -> Sequence[UUID]:
+        """About `count` versions of the family with the largest product with `pooled` (d,), best first."""
+        indexed, operators = expression(initialization.token_dim)
+        width = initialization.token_dim
+        value, operator = {
+            "vector_ip_ops": (f"cast(:pooled as vector({width}))", "<#>"),
+            "halfvec_ip_ops": (f"cast(cast(:pooled as vector) as halfvec({width}))", "<#>"),
+            "bit_hamming_ops": (f"binary_quantize(cast(:pooled as vector))::bit({width})", "<~>"),
+        }[operators]
+        connection = await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+        await connection.execute(
+            text("""
+                select set_config('hnsw.ef_search', :ef_search, true),
+                       set_config('hnsw.iterative_scan', 'relaxed_order', true)
+            """),
+            {"ef_search": str(ef_search)},
+        )
+        # The family as a literal: a parameter would not tell the planner that the index is the family's.
+        found = await connection.execute(
+            text(f"""
+                select id from versions where initialization_id = '{initialization.id}'
+                order by {indexed} {operator} {value} limit :count
+            """),  # noqa: S608 # a UUID and numbers of our own
+            {"pooled": pgvector.Vector(pooled), "count": count},
+        )
+        ids = list(found.scalars())
+        await session.commit()
+        return ids
+
+    async def _build_wanted(self) -> None:
+        while True:
+            initialization = await self._wanted.get()
+            try:
+                await self._build(initialization)
+            except Exception as error:  # searches stay exact; the next one that misses the index asks again
+                log.warning("cannot build an index", initialization=str(initialization.id), error=repr(error))
+            self._asked.discard(initialization.id)
+
+    async def _build(self, initialization: InitializationRow) -> None:
+        name, (indexed, operators) = name_of(initialization.id), expression(initialization.token_dim)
+        async with self._readers() as session:
+            if not (await session.execute(text("select pg_try_advisory_lock(:key)"), {"key": _LOCK})).scalar_one():
+                return  # another process builds one; a later search asks again
+            try:
+                if await self._is_valid(session, initialization.id):
+                    return
+                log.info("building an index", initialization=str(initialization.id))
+                # One that a crash has left half built cannot be used, nor made again under its name.
+                await session.execute(text(f"drop index concurrently if exists {name}"))
+                await session.execute(text(f"set maintenance_work_mem = '{self._memory // 1024}kB'"))
+                await session.execute(
+                    text(f"""
+                        create index concurrently {name} on versions using hnsw ({indexed} {operators})
+                        where initialization_id = '{initialization.id}'
+                    """)
+                )
+                log.info("built an index", initialization=str(initialization.id))
+            finally:
+                await session.execute(text("reset maintenance_work_mem"))
+                await session.execute(text("select pg_advisory_unlock(:key)"), {"key": _LOCK})
+
+    async def _is_valid(self, session: AsyncSession, initialization: UUID) -> bool:
+        statement = text("select indisvalid from pg_index where indexrelid = to_regclass(:name)")
+        return bool((await session.execute(statement, {"name": name_of(initialization)})).scalar())

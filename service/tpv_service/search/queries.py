@@ -1,0 +1,296 @@
+"""What is compared: the query of a request, and the candidates that it looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+from fastapi import Request
+from numpy.typing import NDArray
+from sqlalchemy import select, union_all
+from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.concurrency import run_in_threadpool
+
+from tpv import files
+from tpv.errors import InvalidTensor
+from tpv.schemas.similarity import LISTED, Pool, PoolEcho, Term, Uploaded
+from tpv.vectors import as_prompt
+from tpv_service.registry import filters, publish, queries
+from tpv_service.registry.compatibility import check_same_initialization
+from tpv_service.registry.tables import InitializationRow, ParentRow, VectorRow, VersionRow
+from tpv_service.registry.views import initialization_summary, version_reference
+from tpv_service.search.family import Float32, Mask, Rows, Snapshot
+
+GIVEN_RULE = "the references given"
+_RULES = {
+    "newest": "the newest not deleted version of each vector of the initialization",
+    "all": "every not deleted version of the initialization",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What everything else is compared with."""
+
+    label: str
+    pooled: Float32  #: (d,)
+    initialization: InitializationRow
+    others: list[InitializationRow] = field(default_factory=list)  #: of the terms of a mixed combination
+    versions: list[VersionRow] = field(default_factory=list)  #: itself, or its terms; none for an uploaded vector
+    weights: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  #: of the versions
+    uploaded: Float32 | None = None  #: (r, d)
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({task for version in self.versions for task in version.vector.tasks})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Rows of a matrix, some of which are candidates, and why others are not."""
+
+    rule: str
+    matrix: Float32  #: (n, d) pooled vectors
+    ids: NDArray[Any]  #: (n,) of 16 bytes, the versions' ids
+    where: Mask  #: (n,), the rows that are candidates
+    mixed: list[InitializationRow] = field(default_factory=list)  #: other initializations than the query's
+    excluded: dict[str, str] = field(default_factory=dict)
+    excluded_total: int = 0
+    snapshot: Snapshot | None = None  #: when the rows are those of a family
+
+    @property
+    def size(self) -> int:
+        return int(self.where.sum())
+
+    def few(self) -> Candidates:
+        """The same without the other rows, where these are the most: what is not asked for is not read either."""
+        rows = np.flatnonzero(self.where)
+        if len(rows) > len(self.where) // 2:
+            return self
+        everywhere = np.ones(len(rows), dtype=bool)
+        return replace(self, matrix=self.matrix[rows], ids=self.ids[rows], where=everywhere, snapshot=None)
+
+    def echo(self, metric: str, query: Query, *, how: str | None = None) -> PoolEcho:
+        """What an answer says of the pool; `how` says how candidates were left out without comparing them."""
+        others = {row.id: row for row in (*query.others, *self.mixed) if row.id != query.initialization.id}
+        return PoolEcho(
+            rule=self.rule,
+            metric=metric,
+            initialization=initialization_summary(query.initialization),
+            mixed_initializations=[initialization_summary(row) for row in others.values()],
+            size=self.size,
+            excluded=self.excluded,
+            excluded_total=self.excluded_total,
+            exact=how is None,
+            how=how or "every candidate was compared",
+        )
+
+
+@dataclass(frozen=True)
+class Named:
+    """What an answer shows of a version."""
+
+    reference: str
+    tasks: list[str]
+    task_type: str | None
+
+
+async def read_query(
+    request: Request, session: AsyncSession, asked: str | list[Term] | Uploaded, *, mixed: bool = False
+) -> Query:
+    """The vector that a request asks about. A combination's terms are pooled already, and pooling is linear."""
+    if isinstance(asked, Uploaded):
+        initialization = await request.state.initializations.resolve(asked.initialization)
+        tensor = await run_in_threadpool(_read_upload, request.state.store, initialization, asked.file)
+        return Query(
+            label="the uploaded vector",
+            pooled=tensor.mean(axis=0, dtype=np.float64).astype(np.float32),
+            initialization=initialization,
+            uploaded=tensor,
+        )
+    terms = [Term(vector=asked)] if isinstance(asked, str) else asked
+    rows = await queries.resolve_versions(session, [term.vector for term in terms])
+    check_same_initialization(rows, mixed=mixed)
+    weights = np.array([term.weight for term in terms])
+    pooled = weights @ (await pooled_of(session, rows)).astype(np.float64)
+    if not np.isfinite(pooled.astype(np.float32)).all():
+        raise InvalidTensor("with these weights the combination leaves the range of float32")
+    return Query(
+        label=" ".join(_term(weight, row) for weight, row in zip(weights, rows, strict=True))
+        if len(rows) > 1 or weights[0] != 1
+        else version_reference(rows[0]),
+        pooled=pooled.astype(np.float32),
+        initialization=rows[0].initialization,
+        others=[row.initialization for row in rows],
+        versions=rows,
+        weights=weights,
+    )
+
+
+def _term(weight: float, row: VersionRow) -> str:
+    return f"{weight:+.6g} {version_reference(row)}"
+
+
+def _read_upload(store: Any, initialization: InitializationRow, content: bytes) -> Float32:
+    tensors = files.load(content)
+    if set(tensors) not in ({"prompt"}, {"vector"}):
+        raise InvalidTensor(
+            f"the file holds one tensor, `prompt` (P*) or `vector` (T); this one has {sorted(tensors) or 'none'}"
+        )
+    ((name, values),) = tensors.items()
+    tensor = as_prompt(values, name)
+    shape = (initialization.num_virtual_tokens, initialization.token_dim)
+    if tensor.shape != shape:
+        raise InvalidTensor(
+            f"the tensor is {list(tensor.shape)}, prompts of this initialization are {list(shape)}",
+            expected=list(shape),
+            found=list(tensor.shape),
+        )
+    return tensor if name == "vector" else tensor - publish.load_start(store, initialization.digest)
+
+
+async def choose(
+    request: Request,
+    session: AsyncSession,
+    query: Query,
+    pool: Pool,
+    *,
+    allow_same_task: bool = True,
+    mixed: bool = False,
+    keep_query: bool = False,
+) -> Candidates:
+    """The candidates for a query: never itself, nor vectors of its own task or made from it, unless allowed."""
+    base = await (
+        _given(session, query, pool.references, mixed=mixed)
+        if pool.references is not None
+        else _family(request, session, query, pool)
+    )
+    if keep_query or not query.versions:
+        return base
+    doubtful = await _doubtful(session, query, allow_same_task=allow_same_task)
+    rows = _rows_of(base, doubtful)
+    inside = {version: row for version, row in rows.items() if base.where[row]}
+    where = base.where.copy()
+    where[list(inside.values())] = False
+    listed = sorted(doubtful[version] for version in inside)[:LISTED]
+    return replace(base, where=where, excluded=dict(listed), excluded_total=len(inside))
+
+
+async def _given(session: AsyncSession, query: Query, references: Sequence[str], *, mixed: bool) -> Candidates:
+    """Exactly these, each once, in their order. Read from Postgres: they may be of several initializations."""
+    rows = list({row.id: row for row in await queries.resolve_versions(session, references)}.values())
+    check_same_initialization([*query.versions, *rows], first=(query.label, query.initialization), mixed=mixed)
+    return Candidates(
+        rule=GIVEN_RULE,
+        matrix=await pooled_of(session, rows),
+        ids=_as_bytes(row.id for row in rows),
+        where=np.ones(len(rows), dtype=bool),
+        mixed=[row.initialization for row in rows],
+    )
+
+
+async def _family(request: Request, session: AsyncSession, query: Query, pool: Pool) -> Candidates:
+    """Versions of the query's initialization."""
+    snapshot: Snapshot = await request.state.families.current(query.initialization)
+    where = snapshot.newest if pool.versions == "newest" else snapshot.alive
+    rule = _RULES.get(pool.versions, f"the not deleted version with the {pool.versions} of each vector")
+    statement = select(VersionRow.id).join(VersionRow.vector)
+    statement = statement.where(VersionRow.initialization_id == query.initialization.id)
+    if pool.versions.startswith("alias:"):
+        statement = statement.where(filters.chosen(pool.versions))
+    if pool.filter is not None:
+        statement = statement.where(filters.condition(pool.filter))
+        rule += " that passes the filter"
+    if pool.filter is not None or pool.versions.startswith("alias:"):
+        passing = np.zeros(len(snapshot), dtype=bool)
+        passing[snapshot.rows_of((await session.scalars(statement)).all())] = True
+        where = where & passing
+    return Candidates(rule=rule, matrix=snapshot.matrix, ids=snapshot.records["id"], where=where, snapshot=snapshot)
+
+
+async def _doubtful(session: AsyncSession, query: Query, *, allow_same_task: bool) -> dict[UUID, tuple[str, str]]:
+    """id -> (reference, reason) of the versions that may not help this query, wherever they are."""
+    own_ids = [row.id for row in query.versions]
+    own = [row.vector_id for row in query.versions]
+    made: set[UUID] = set()
+    if allow_same_task:
+        doubtful = [select(VersionRow.id).where(VersionRow.id.in_(own_ids))]
+    else:
+        made = await _descendants(session, own)
+        same_task = select(VersionRow.id).join(VersionRow.vector).where(VectorRow.tasks.overlap(query.tasks))
+        doubtful = [  # one statement each, for each has an index of its own
+            select(VersionRow.id).where(VersionRow.vector_id.in_(own)),
+            select(VersionRow.id).where(VersionRow.id.in_(made)),
+            *([same_task] if query.tasks else []),
+        ]
+    rows = await session.execute(
+        select(VersionRow.id, VersionRow.vector_id, VectorRow.namespace, VectorRow.name, VersionRow.number)
+        .join(VersionRow.vector)
+        .where(VersionRow.id.in_(union_all(*doubtful)))
+    )
+    itself = "the target itself" if len(own_ids) == 1 else "a term of the target"
+    return {
+        version: (
+            f"{namespace}/{name}:{number}",
+            itself if vector in own else "made from the target" if version in made else "the target's own task",
+        )
+        for version, vector, namespace, name, number in rows
+    }
+
+
+async def _descendants(session: AsyncSession, vectors: Sequence[UUID]) -> set[UUID]:
+    """Every version that was made, over any number of steps, from a version of these names."""
+    made = (
+        select(ParentRow.version_id)
+        .join(VersionRow, VersionRow.id == ParentRow.parent_id)
+        .where(VersionRow.vector_id.in_(vectors))
+        .cte("made", recursive=True)
+    )
+    made = made.union(select(ParentRow.version_id).join(made, ParentRow.parent_id == made.c.version_id))
+    return set(await session.scalars(select(made.c.version_id)))
+
+
+async def pooled_of(session: AsyncSession, rows: Sequence[VersionRow]) -> Float32:
+    """Pooled vectors (n, d) of versions, in their order."""
+    found = await session.execute(
+        select(VersionRow.id, VersionRow.pooled).where(VersionRow.id.in_([row.id for row in rows]))
+    )
+    by_id: dict[UUID, Any] = dict(found.all())
+    width = rows[0].initialization.token_dim if rows else 0
+    return np.array([by_id[row.id] for row in rows], dtype=np.float32).reshape(-1, width)
+
+
+async def named(session: AsyncSession, ids: Iterable[Any]) -> dict[bytes, Named]:
+    """What answers show of versions, by the 16 bytes of their ids."""
+    wanted = [UUID(bytes=bytes(key)) for key in ids]
+    rows = await session.execute(
+        select(
+            VersionRow.id,
+            VectorRow.namespace,
+            VectorRow.name,
+            VersionRow.number,
+            VectorRow.tasks,
+            VectorRow.task_type,
+        )
+        .join(VersionRow.vector)
+        .where(VersionRow.id.in_(wanted))
+    )
+    return {
+        version.bytes: Named(f"{namespace}/{name}:{number}", tasks, task_type)
+        for version, namespace, name, number, tasks, task_type in rows
+    }
+
+
+def _rows_of(base: Candidates, ids: Iterable[UUID]) -> dict[UUID, int]:
+    if base.snapshot is not None:
+        rows: Rows = base.snapshot.rows_of(ids)
+        return {UUID(bytes=bytes(base.ids[row])): row for row in rows.tolist()}
+    wanted = {version.bytes: version for version in ids}
+    return {wanted[key]: i for i, key in enumerate(map(bytes, base.ids)) if key in wanted}
+
+
+def _as_bytes(ids: Iterable[UUID]) -> NDArray[Any]:
+    return np.array([version.bytes for version in ids], dtype="V16")

@@ -1,0 +1,141 @@
+"""Similarities of one query to many candidates, in blocks, and the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import numpy as np
+from fastapi import Request
+from numpy.typing import NDArray
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.concurrency import run_in_threadpool
+
+from tpv import files
+from tpv.errors import Invalid
+from tpv.schemas.similarity import Pool
+from tpv.similarity import Metric, pooled_similarity, similarity
+from tpv_service.registry import publish
+from tpv_service.registry.tables import VersionRow
+from tpv_service.search.family import Float32, Mask, Rows
+from tpv_service.search.queries import Candidates, Query, choose
+from tpv_service.storage import BlobStore
+
+CENTRE_LEAST = 10  #: vectors of a reference pool; centred on n of their own, n vectors have a mean cosine of -1/(n-1)
+_BLOCK = 8192  #: rows; what is computed on the way to a similarity stays in the processor's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A metric with what it needs beside the two vectors."""
+
+    metric: Metric
+    center: Float32 | None = None  #: (d,), the mean of the reference pool
+    initialization: Float32 | None = None  #: (d,), the pooled P_init
+
+    def one_with_many(self, query: Float32, matrix: Float32) -> NDArray[np.float32]:
+        """Similarities (n,) of a pooled vector (d,) to the rows of a matrix (n, d)."""
+        result = np.empty(len(matrix), dtype=np.float32)
+        for start in range(0, len(matrix), _BLOCK):
+            result[start : start + _BLOCK] = self.many_with_many(matrix[start : start + _BLOCK], query)
+        return result
+
+    def many_with_many(self, a: Float32, b: Float32) -> NDArray[np.float32]:
+        result: NDArray[np.float32] = pooled_similarity(
+            a, b, self.metric, center=self.center, initialization=self.initialization
+        )
+        return result
+
+
+async def measure(
+    request: Request, session: AsyncSession, metric: Metric, query: Query, reference_pool: Pool | None
+) -> Measure:
+    """The metric for a query; asks for the reference pool of a centred one and for the P_init that prompts begin at."""
+    if metric == "cosine-prompt":
+        start = await run_in_threadpool(publish.load_start, request.state.store, query.initialization.digest)
+        return Measure(metric=metric, initialization=start.mean(axis=0, dtype=np.float64).astype(np.float32))
+    if not metric.endswith("-centered"):
+        return Measure(metric=metric)
+    pool = await choose(request, session, query, reference_pool or Pool())
+    if pool.size < CENTRE_LEAST:
+        raise Invalid(
+            f"{metric}: the reference pool has {pool.size} vectors without the query, at least {CENTRE_LEAST} are "
+            "needed, for few vectors are pushed apart by centring alone; name a larger reference_pool, or use "
+            f"{metric.removesuffix('-centered')}"
+        )
+    return Measure(metric=metric, center=await run_in_threadpool(_mean, pool))
+
+
+def _mean(pool: Candidates) -> Float32:
+    """The mean (d,) of the candidates."""
+    if pool.snapshot is not None and len(few := np.flatnonzero(pool.snapshot.newest != pool.where)) < 100:
+        total, count = pool.snapshot.total  # of the newest; the query's own vector, for instance, is left out of them
+        signs = np.where(pool.where[few], 1.0, -1.0)
+        mean = (total + signs @ pool.matrix[few].astype(np.float64)) / (count + signs.sum())
+        return np.asarray(mean, dtype=np.float32)
+    total, count = np.zeros(pool.matrix.shape[1]), pool.size
+    for start in range(0, len(pool.matrix), _BLOCK):
+        block = pool.matrix[start : start + _BLOCK][pool.where[start : start + _BLOCK]]
+        total += block.sum(axis=0, dtype=np.float64)
+    return np.asarray(total / count, dtype=np.float32)
+
+
+def best(similarities: NDArray[np.float32], where: Mask, k: int) -> Rows:
+    """The rows of the k largest similarities, and of all that are equal to the last of them."""
+    rows = np.flatnonzero(where)
+    if len(rows) > k:
+        least = np.partition(similarities[rows], len(rows) - k)[len(rows) - k]
+        rows = rows[similarities[rows] >= least]
+    return rows
+
+
+def tied(similarities: NDArray[np.float32], where: Mask) -> Rows:
+    """The rows whose similarity another candidate has too."""
+    rows: Rows = np.flatnonzero(where)
+    values = np.sort(similarities[rows])
+    found: Rows = rows[np.isin(similarities[rows], values[1:][values[1:] == values[:-1]])]
+    return found
+
+
+async def flat_similarities(
+    request: Request, session: AsyncSession, query: Query, ids: Sequence[UUID]
+) -> NDArray[np.float32]:
+    """`cosine-flat` of the query with these versions, whose files are read whole, one at a time."""
+    found = await session.execute(select(VersionRow.id, VersionRow.digest).where(VersionRow.id.in_(ids)))
+    digests = dict(found.all())
+    store: BlobStore = request.state.store
+
+    def compare() -> NDArray[np.float32]:
+        whole = _whole(store, query)
+        vectors = (_load(store, digests[version]) for version in ids)
+        return np.fromiter((similarity(vector, whole, "cosine-flat") for vector in vectors), np.float32, len(ids))
+
+    return await run_in_threadpool(compare)
+
+
+async def flat_matrix(request: Request, rows: Sequence[VersionRow]) -> NDArray[np.float32]:
+    """`cosine-flat` of all pairs (n, n)."""
+    store: BlobStore = request.state.store
+
+    def compare() -> NDArray[np.float32]:
+        vectors = np.stack([_load(store, row.digest) for row in rows])
+        return np.asarray(similarity(vectors, vectors, "cosine-flat"))
+
+    return await run_in_threadpool(compare)
+
+
+def _whole(store: BlobStore, query: Query) -> Float32:
+    """The query's own tensor (r, d)."""
+    if query.uploaded is not None:
+        return query.uploaded
+    shape = (query.initialization.num_virtual_tokens, query.initialization.token_dim)
+    total = np.zeros(shape)
+    for weight, row in zip(query.weights, query.versions, strict=True):
+        total += weight * _load(store, row.digest)
+    return total.astype(np.float32)
+
+
+def _load(store: BlobStore, digest: str) -> Float32:
+    return files.load(store.get(digest))["vector"]

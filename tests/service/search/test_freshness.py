@@ -1,0 +1,144 @@
+"""What a search sees of registrations and deletions: all that is committed, in whatever order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import UUID
+
+import httpx
+import numpy as np
+import psycopg
+import pytest
+
+import tpv
+from tpv_service.app import create_app
+from tpv_service.settings import Settings
+
+pytestmark = pytest.mark.anyio
+
+_COPY = """
+    with vector as (
+        insert into vectors (id, namespace, name, tasks, tags, last_version, actor)
+        values (gen_random_uuid(), 'default', %(name)s, '{}', '{}', 1, 'test') returning id
+    )
+    insert into versions (id, vector_id, number, initialization_id, fingerprint, prompt_fingerprint,
+                          reconstruction_error, digest, size, norm, pooled, hyperparameters, provenance, actor)
+    select gen_random_uuid(), vector.id, 1, initialization_id, fingerprint, prompt_fingerprint,
+           reconstruction_error, digest, size, norm, pooled, hyperparameters, provenance, versions.actor
+    from versions, vector where versions.id = %(like)s
+"""
+
+
+@pytest.fixture
+async def family(client: tpv.AsyncClient) -> None:
+    await client.initializations.create(
+        "family", base_model="tiny-t5", unpinned=True, tensor=np.zeros((2, 4), np.float32)
+    )
+    await client.vectors.register("query", vector=np.ones((2, 4), np.float32), initialization="family")
+
+
+async def found(client: tpv.AsyncClient) -> list[str]:
+    answer = await client.similarity.search("query", k=100)
+    assert answer.pool.size == len(answer.hits)
+    return sorted(hit.reference for hit in answer.hits)
+
+
+async def register(client: tpv.AsyncClient, name: str, value: float = 1.0) -> UUID:
+    version = await client.vectors.register(name, vector=np.full((2, 4), value, np.float32), initialization="family")
+    return version.id
+
+
+async def test_a_transaction_that_commits_late_is_not_missed(client, family, database_url):
+    like = await register(client, "a")
+    async with await psycopg.AsyncConnection.connect(database_url) as late:
+        await late.execute(_COPY, {"name": "late", "like": like})  # has its number, but is not committed
+        await register(client, "b")
+        assert await found(client) == ["default/a:1", "default/b:1"]
+        await register(client, "c")
+        assert await found(client) == ["default/a:1", "default/b:1", "default/c:1"]
+        await late.commit()
+
+    assert await found(client) == ["default/a:1", "default/b:1", "default/c:1", "default/late:1"]
+    assert len(await found(client)) == 4
+
+
+async def test_a_transaction_that_is_rolled_back_is_never_seen(client, family, database_url):
+    like = await register(client, "a")
+    async with await psycopg.AsyncConnection.connect(database_url) as late:
+        await late.execute(_COPY, {"name": "never", "like": like})
+        await found(client)
+        await late.rollback()
+
+    assert await found(client) == ["default/a:1"]
+
+
+async def test_deletions_and_restorations_are_seen_at_once(client, family):
+    await register(client, "a", 1)
+    await register(client, "a", 2)
+    await register(client, "b")
+    assert await found(client) == ["default/a:2", "default/b:1"]
+    await client.vectors.delete("a:2")
+    assert await found(client) == ["default/a:1", "default/b:1"]
+    await client.vectors.delete("b")
+    assert await found(client) == ["default/a:1"]
+    await client.vectors.restore("b")
+    await client.vectors.restore("a:2")
+    assert await found(client) == ["default/a:2", "default/b:1"]
+
+
+async def test_a_restarted_service_goes_on_with_its_copy_and_knows_what_was_deleted(settings: Settings, tmp_path: Path):
+    settings.cache_directory = tmp_path / "cache"
+    async with _running(settings) as client:
+        await client.initializations.create(
+            "family", base_model="tiny-t5", unpinned=True, tensor=np.zeros((2, 4), np.float32)
+        )
+        for name in ("query", "a", "b", "c"):
+            await register(client, name)
+        assert len(await found(client)) == 3
+    kept = sorted((tmp_path / "cache" / "0").glob("*.f32"))
+    size = kept[0].stat().st_size
+    settings.cache_directory = None
+    async with _running(settings) as client:
+        await client.vectors.delete("b")
+        await register(client, "d")
+    settings.cache_directory = tmp_path / "cache"
+    async with _running(settings) as client:
+        assert await found(client) == ["default/a:1", "default/c:1", "default/d:1"]
+
+    assert kept[0].stat().st_size == size + 4 * 4  # the one row that is new
+
+
+class _running:  # noqa: N801 # reads as a function
+    """A client to an application of these settings, and what a server does around it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.app = create_app(settings)
+
+    async def __aenter__(self) -> tpv.AsyncClient:
+        self.lifespan = self.app.router.lifespan_context(self.app)
+        state = await self.lifespan.__aenter__()
+
+        async def with_state(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+            scope["state"] = dict(state)
+            await self.app(scope, receive, send)
+
+        transport = httpx.ASGITransport(with_state, raise_app_exceptions=False)  # type: ignore[arg-type]
+        self.client = tpv.AsyncClient("http://localhost", transport=transport)
+        return self.client
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.client.aclose()
+        await self.lifespan.__aexit__(None, None, None)
+
+
+async def test_two_services_each_have_a_copy_of_their_own(settings: Settings, tmp_path: Path):
+    settings.cache_directory = tmp_path / "cache"
+    async with _running(settings) as one, _running(settings) as other:
+        await one.initializations.create(
+            "family", base_model="tiny-t5", unpinned=True, tensor=np.zeros((2, 4), np.float32)
+        )
+        await register(one, "query")
+        await register(other, "a")
+        assert await found(one) == await found(other) == ["default/a:1"]
+
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["0", "1"]

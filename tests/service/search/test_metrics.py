@@ -1,0 +1,282 @@
+"""Every metric, kind of query and pool, against the mathematics of `tpv` on the same vectors."""
+
+from __future__ import annotations
+
+import csv
+from io import StringIO
+
+import httpx
+import numpy as np
+import pytest
+
+import tpv
+from tpv import errors
+from tpv.schemas.filters import Filter
+from tpv.schemas.similarity import FLAT_LIMIT
+from tpv.similarity import METRICS, pool, similarity
+
+pytestmark = pytest.mark.anyio
+
+ROWS, WIDTH, SOURCES = 3, 5, 12
+
+
+@pytest.fixture
+def start() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(ROWS, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture
+async def vectors(client: tpv.AsyncClient, start: np.ndarray) -> dict[str, np.ndarray]:
+    """A target `rte` and twelve sources of one family; odd ones are of the type `odd`."""
+    random = np.random.default_rng(7)
+    await client.initializations.create("family", base_model="tiny-t5", revision="a" * 40, tensor=start)
+    made = {}
+    for i, name in enumerate(["rte", *(f"s{i:02}" for i in range(SOURCES))]):
+        made[name] = random.normal(size=(ROWS, WIDTH)).astype(np.float32)
+        await client.vectors.register(
+            name,
+            vector=made[name],
+            initialization="family",
+            task=f"task-{name}",
+            task_type="odd" if i % 2 else "even",
+            tags={"i": str(i)},
+            metrics=[{"dataset": "d", "metric": "accuracy", "value": i / 100}],
+        )
+    return made
+
+
+def expected(metric: str, query: np.ndarray, vectors: dict[str, np.ndarray], start: np.ndarray) -> dict[str, float]:
+    """Similarities of all vectors but `rte` to a query, by the functions of `tpv.similarity`."""
+    sources = {name: vector for name, vector in vectors.items() if name != "rte"}
+    stacked = np.stack(list(sources.values()))
+    options = {}
+    if metric.endswith("-centered"):
+        options["center"] = pool(stacked).mean(axis=0)
+    if metric == "cosine-prompt":
+        options["initialization"] = start
+    values = similarity(stacked, query, metric, **options)
+    return dict(zip(sources, values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+async def test_a_search_is_what_the_mathematics_gives(client, vectors, start, metric):
+    answer = await client.similarity.search("rte", k=SOURCES, metric=metric)
+    values = expected(metric, vectors["rte"], vectors, start)
+
+    assert [hit.reference for hit in answer.hits] == [f"default/{n}:1" for n in sorted(values, key=values.get)[::-1]]
+    np.testing.assert_allclose([hit.similarity for hit in answer.hits], sorted(values.values())[::-1], rtol=1e-4)
+    assert (answer.pool.metric, answer.pool.exact) == (metric, True)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+async def test_a_matrix_is_what_the_mathematics_gives(client, vectors, start, metric):
+    names = list(vectors)
+    stacked = np.stack(list(vectors.values()))
+    options = {"center": pool(stacked).mean(axis=0)} if metric.endswith("-centered") else {}
+    options |= {"initialization": start} if metric == "cosine-prompt" else {}
+    answer = await client.similarity.matrix(names, metric=metric)
+
+    np.testing.assert_allclose(answer.matrix, similarity(stacked, stacked, metric, **options), rtol=1e-4, atol=1e-5)
+    assert sorted(answer.order) == list(range(len(names)))
+
+
+async def test_a_matrix_puts_similar_ones_side_by_side_and_is_normalized_on_request(client, vectors):
+    await client.vectors.register("twin", vector=vectors["s03"] * 1.01, initialization="family")
+    names = [*vectors, "twin"]
+    answer = await client.similarity.matrix(names, metric="cosine", normalize=True)
+    places = [answer.order.index(names.index(name)) for name in ("s03", "twin")]
+
+    assert abs(places[0] - places[1]) == 1
+    assert (np.min(answer.matrix), np.max(answer.matrix)) == (0, 1)
+
+
+async def test_a_matrix_comes_as_csv(client, http: httpx.AsyncClient, vectors):
+    body = {"references": ["s00", "s01"]}
+    answer = await client.similarity.matrix(**body)
+    text = (await http.post("/api/v1/similarity/matrix", params={"format": "csv"}, json=body)).raise_for_status()
+    header, *rows = csv.reader(StringIO(text.text))
+
+    assert text.headers["content-type"].startswith("text/csv")
+    assert header == ["", *answer.references]
+    assert [[float(value) for value in row[1:]] for row in rows] == answer.matrix
+
+
+async def test_a_combination_is_compared_as_its_sum(client, vectors, start):
+    answer = await client.similarity.search({"rte": 1.5, "s00": -2}, k=SOURCES)
+    query = np.float32(1.5) * vectors["rte"] - 2 * vectors["s00"]
+    values = expected("dot", query, vectors, start)
+    del values["s00"]
+
+    assert answer.query == "+1.5 default/rte:1 -2 default/s00:1"
+    assert [hit.reference for hit in answer.hits] == [f"default/{n}:1" for n in sorted(values, key=values.get)[::-1]]
+    assert answer.pool.excluded == {
+        "default/rte:1": "a term of the target",
+        "default/s00:1": "a term of the target",
+    }
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine-flat"])
+async def test_a_vector_that_is_not_registered_is_compared(client, vectors, start, metric):
+    own = tpv.TaskPromptVector.from_prompt(start + vectors["s05"] + 0.01, start)
+    answer = await client.similarity.search(own, k=3, metric=metric)
+
+    assert "default/s05:1" in [hit.reference for hit in answer.hits]
+    assert (answer.query, answer.pool.excluded) == ("the uploaded vector", {})
+
+
+async def test_an_uploaded_vector_has_to_fit(client, vectors):
+    initialization = (await client.vectors.get("rte")).initialization.fingerprint
+    with pytest.raises(errors.InvalidTensor, match=r"\[2, 2\].*\[3, 5\]"):
+        await client.similarity.search(tpv.TaskPromptVector(np.ones((2, 2)), initialization))
+    with pytest.raises(errors.NotFound, match="no initialization"):
+        await client.similarity.search(tpv.TaskPromptVector(np.ones((ROWS, WIDTH)), "sha256:" + "0" * 64))
+
+
+@pytest.mark.parametrize(
+    ("conditions", "passing"),
+    [
+        ({"task_type": "odd"}, [1, 3, 5, 7, 9, 11]),
+        ({"tags": {"i": "4"}}, [4]),
+        ({"metrics": [{"metric": "accuracy", "at_least": 0.1}]}, [10, 11, 12]),
+        ({"names": ["s01", "s02"]}, [2, 3]),
+        ({"candidates": Filter.model_validate({"not": {"task_type": "odd"}})}, [2, 4, 6, 8, 10, 12]),
+        ({"candidates": Filter(task_type="odd"), "names": ["s00", "s01"]}, [1]),
+        ({"namespace": "nowhere"}, []),
+    ],
+)
+async def test_only_what_passes_the_filter_is_a_candidate(client, vectors, conditions, passing):
+    answer = await client.similarity.search("rte", k=100, **conditions)
+    names = list(vectors)
+
+    assert {hit.reference for hit in answer.hits} == {f"default/{names[i]}:1" for i in passing}
+    assert answer.pool.size == len(passing)
+
+
+async def test_all_versions_or_those_with_an_alias_are_candidates_on_request(client, vectors):
+    await client.vectors.register("s00", vector=vectors["s00"] + 1, initialization="family")
+    await client.vectors.set_alias("s00", "best", 1)
+    every = await client.similarity.search("rte", k=100, versions="all")
+    best = await client.similarity.search("rte", k=100, versions="alias:best")
+
+    assert {"default/s00:1", "default/s00:2"} < {hit.reference for hit in every.hits}
+    assert [hit.reference for hit in best.hits] == ["default/s00:1"]
+
+
+async def test_equal_similarities_rank_by_reference(client, vectors):
+    for name in ("zz", "aa", "mm"):
+        await client.vectors.register(name, vector=vectors["s04"], initialization="family")
+    names = ("aa", "mm", "s04", "zz")
+    hits = (await client.similarity.search("rte", k=100)).hits
+    group = await client.groupings.create("rte", strategy="all")
+
+    assert [hit.reference for hit in hits if hit.reference[8:-2] in names] == [f"default/{n}:1" for n in names]
+    assert [m.reference for m in group.members if m.reference[8:-2] in names] == [f"default/{n}:1" for n in names]
+    place = [hit.reference for hit in hits].index("default/aa:1")
+    cut = await client.similarity.search("rte", k=place + 2)
+    assert [hit.reference for hit in cut.hits[place:]] == ["default/aa:1", "default/mm:1"]
+
+
+async def test_a_small_reference_pool_is_refused(client, vectors):
+    few = ["s00", "s01", "s02"]
+    with pytest.raises(errors.Invalid, match=r"has 3 vectors.*at least 10"):
+        await client.similarity.search("rte", metric="cosine-centered", reference_pool=few)
+    with pytest.raises(errors.Invalid, match="centred metrics"):
+        await client.similarity.search("rte", metric="cosine", reference_pool=few)
+
+
+async def test_the_centre_is_that_of_the_pool_that_is_named(client, vectors):
+    names = [f"s{i:02}" for i in range(10)]
+    answer = await client.similarity.search("rte", k=1, metric="dot-centered", candidates=["s11"], reference_pool=names)
+    center = pool(np.stack([vectors[name] for name in names])).mean(axis=0)
+    value = similarity(vectors["s11"], vectors["rte"], "dot-centered", center=center)
+
+    assert answer.hits[0].similarity == pytest.approx(float(value), rel=1e-4)
+
+
+async def test_a_large_pool_is_compared_whole_only_as_far_as_it_looks_similar(client, vectors, monkeypatch):
+    monkeypatch.setattr("tpv_service.search.endpoints.FLAT_LIMIT", 4)
+    answer = await client.similarity.search("rte", k=2, metric="cosine-flat")
+
+    assert (answer.pool.exact, len(answer.hits)) == (False, 2)
+    assert answer.pool.how == "the 4 with the largest cosine of pooled vectors were compared whole"
+    with pytest.raises(errors.Invalid, match=f"at most {FLAT_LIMIT}"):
+        await client.similarity.matrix(["rte"] * (FLAT_LIMIT + 1), metric="cosine-flat")
+
+
+class TestMixedInitializations:
+    @pytest.fixture
+    async def stranger(self, client, vectors, start) -> np.ndarray:
+        await client.initializations.create("other", base_model="tiny-t5", revision="a" * 40, tensor=start + 1)
+        await client.vectors.register("stranger", vector=vectors["s00"], initialization="other", task="z")
+        return vectors["s00"]
+
+    async def test_they_are_refused_and_both_and_the_flag_are_named(self, client, vectors, stranger):
+        said = r"family.*other.*allow_mixed_initializations"
+        for call in (
+            client.similarity.search("rte", candidates=["s01", "stranger"]),
+            client.similarity.search({"rte": 1, "stranger": 1}),
+            client.similarity.matrix(["rte", "stranger"]),
+            client.groupings.create("rte", ["s01", "stranger"]),
+        ):
+            with pytest.raises(errors.IncompatibleVectors, match=said):
+                await call
+
+    async def test_with_the_flag_they_are_compared_and_the_answer_says_so(self, client, vectors, stranger):
+        asked = {"allow_mixed_initializations": True}
+        found = await client.similarity.search("rte", candidates=["s01", "stranger"], **asked)
+        values = {hit.reference: hit.similarity for hit in found.hits}
+        group = await client.groupings.create("rte", ["s01", "stranger"], **asked)
+        matrix = await client.similarity.matrix(["rte", "stranger"], **asked)
+
+        assert values["default/stranger:1"] == pytest.approx(float(similarity(vectors["rte"], stranger)), rel=1e-5)
+        for said in (found.pool, group.pool, matrix):
+            assert [summary.name for summary in said.mixed_initializations] == ["other"]
+
+    async def test_not_even_the_flag_compares_other_shapes_or_models(self, client, vectors):
+        await client.initializations.create(
+            "wide", base_model="tiny-t5", unpinned=True, tensor=np.ones((ROWS + 1, WIDTH), np.float32)
+        )
+        await client.vectors.register("wide", vector=np.ones((ROWS + 1, WIDTH), np.float32), initialization="wide")
+        with pytest.raises(errors.IncompatibleVectors, match="num_virtual_tokens"):
+            await client.similarity.matrix(["rte", "wide"], allow_mixed_initializations=True)
+
+
+async def test_several_targets_are_grouped_at_once(client, vectors):
+    one, other = await client.groupings.create_many(["rte", "s00"], strategy="top-k", max_size=2, task_type="odd")
+
+    assert (one.target, other.target) == ("default/rte:1", "default/s00:1")
+    assert one == await client.groupings.create("rte", strategy="top-k", max_size=2, task_type="odd")
+
+
+async def test_the_strategies_are_shown_side_by_side(client, vectors):
+    answer = await client.groupings.create("rte", compare=True, max_size=3)
+    shown = {result.strategy: result for result in answer.comparison}
+
+    assert shown["greedy"].members == [member.reference for member in answer.members]
+    assert shown["exact"].objective >= max(result.objective for result in answer.comparison) - 1e-5
+    assert all(result.size <= 3 for result in answer.comparison)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"strategy": "greedy", "trade_off": 2.0}, "trade_off matters to the strategy exact alone"),
+        ({"strategy": "top-k"}, "top-k needs max_size"),
+        ({"strategy": "best"}, "strategy"),
+        ({"max_size": -1}, "max_size"),
+    ],
+)
+async def test_options_that_make_no_sense_are_refused(client, vectors, options, said):
+    with pytest.raises(errors.Invalid, match=said):
+        await client.groupings.create("rte", **options)
+
+
+async def test_a_long_trace_is_cut_unless_all_is_asked_for(client, vectors, monkeypatch):
+    monkeypatch.setattr("tpv_service.search.endpoints.LISTED", 2)
+    cut = await client.groupings.create("rte", min_similarity=-100, strategy="all")
+    whole = await client.groupings.create("rte", min_similarity=-100, strategy="all", trace="all")
+    greedy = await client.groupings.create("rte")
+
+    assert (cut.trace_total, whole.trace_total, len(whole.trace)) == (SOURCES, SOURCES, SOURCES)
+    assert {member.reference for member in greedy.members} <= {t.reference for t in greedy.trace}
+    assert len(greedy.trace) < SOURCES

@@ -319,7 +319,8 @@ def pool(wire: Any, **excluded: str) -> dict[str, Any]:
     start = wire.initialization()
     summary = {key: start[key] for key in ("id", "namespace", "name", "fingerprint", "num_virtual_tokens", "token_dim")}
     return {"rule": "newest", "metric": "dot", "initialization": {**summary, "base_model": "m"}, "size": 2,
-            "excluded": excluded, "excluded_total": len(excluded), "exact": True, "how": "so"}  # fmt: skip
+            "excluded": excluded, "excluded_total": len(excluded), "exact": True, "how": "so",
+            "mixed_initializations": []}  # fmt: skip
 
 
 def test_a_search_says_what_it_looked_at(run: Run, registry: Any, wire: Any) -> None:

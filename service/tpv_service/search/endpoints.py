@@ -32,7 +32,7 @@ from tpv.schemas.similarity import (
     TraceEntry,
 )
 from tpv_service.auth.tokens import Actor, Allowed
-from tpv_service.db import Session
+from tpv_service.db import Session, release
 from tpv_service.registry import queries as registry
 from tpv_service.registry.compatibility import check_same_initialization
 from tpv_service.registry.views import initialization_summary, version_reference
@@ -84,6 +84,7 @@ async def _nearest(
         if found is not None:
             return found
     measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool)
+    await release(session)
     similarities = await run_in_threadpool(measure.one_with_many, query.pooled, pool.matrix)
     rows = scores.best(similarities, pool.where, asked.k)
     return rows, similarities[rows], None
@@ -208,6 +209,7 @@ async def _group(request: Request, session: Session, asked: GroupingRequest, tar
     mixed = asked.allow_mixed_initializations
     query = await read_query(request, session, target)
     pool = await choose(request, session, query, asked.candidates, allow_same_task=asked.allow_same_task, mixed=mixed)
+    await release(session)
     pool = pool.few()
     similarities = await run_in_threadpool(scores.Measure(metric="dot").one_with_many, query.pooled, pool.matrix)
     order = await _tie_order(session, asked, pool, similarities)
@@ -227,6 +229,7 @@ async def _group(request: Request, session: Session, asked: GroupingRequest, tar
             trace_size=trace_size,
         )
 
+    await release(session)
     try:
         result = await run_in_threadpool(group, asked.strategy, limit)
     except ValueError as error:

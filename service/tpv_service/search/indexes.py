@@ -82,7 +82,10 @@ class Indexes:
     async def nearest(
         self, session: AsyncSession, initialization: InitializationRow, pooled: Float32, *, count: int, ef_search: int
     ) -> Sequence[UUID]:
-        """About `count` versions of the family with the largest product with `pooled` (d,), best first."""
+        """About `count` versions of the family with the largest product with `pooled` (d,), best first.
+
+        The session has a transaction, which the settings of the search are for.
+        """
         indexed, operators = expression(initialization.token_dim)
         width = initialization.token_dim
         value, operator = {
@@ -90,8 +93,7 @@ class Indexes:
             "halfvec_ip_ops": (f"cast(cast(:pooled as vector) as halfvec({width}))", "<#>"),
             "bit_hamming_ops": (f"binary_quantize(cast(:pooled as vector))::bit({width})", "<~>"),
         }[operators]
-        connection = await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
-        await connection.execute(
+        await session.execute(
             text("""
                 select set_config('hnsw.ef_search', :ef_search, true),
                        set_config('hnsw.iterative_scan', 'relaxed_order', true)
@@ -99,16 +101,14 @@ class Indexes:
             {"ef_search": str(ef_search)},
         )
         # The family as a literal: a parameter would not tell the planner that the index is the family's.
-        found = await connection.execute(
+        found = await session.execute(
             text(f"""
                 select id from versions where initialization_id = '{initialization.id}'
                 order by {indexed} {operator} {value} limit :count
             """),  # noqa: S608 # a UUID and numbers of our own
             {"pooled": pgvector.Vector(pooled), "count": count},
         )
-        ids = list(found.scalars())
-        await session.commit()
-        return ids
+        return list(found.scalars())
 
     async def _build_wanted(self) -> None:
         while True:

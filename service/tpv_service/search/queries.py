@@ -18,6 +18,7 @@ from tpv import files
 from tpv.errors import InvalidTensor
 from tpv.schemas.similarity import LISTED, Pool, PoolEcho, Term, Uploaded
 from tpv.vectors import as_prompt
+from tpv_service.db import release
 from tpv_service.registry import filters, publish, queries
 from tpv_service.registry.compatibility import check_same_initialization
 from tpv_service.registry.tables import InitializationRow, ParentRow, VectorRow, VersionRow
@@ -194,6 +195,7 @@ async def _given(session: AsyncSession, query: Query, references: Sequence[str],
 
 async def _family(request: Request, session: AsyncSession, query: Query, pool: Pool) -> Candidates:
     """Versions of the query's initialization."""
+    await release(session)  # families ask on a connection of their own; holding one meanwhile, many might wait for ever
     snapshot: Snapshot = await request.state.families.current(query.initialization)
     where = snapshot.newest if pool.versions == "newest" else snapshot.alive
     rule = _RULES.get(pool.versions, f"the not deleted version with the {pool.versions} of each vector")

@@ -1,6 +1,8 @@
-"""How fast grouping is: in one process, against an implementation that follows the paper's formulas pair by pair.
+"""How fast grouping is, against what follows the paper's formulas pair by pair, and against one matrix product.
 
-    python benchmarks/grouping.py
+    python benchmarks/grouping.py [--pools 1000,10000,100000]
+
+First in one process, then by HTTP over registered vectors.
 
 Ours is the whole pass: pooling of the source vectors (n, 100, 768) and of the target, ranking, decisions, trace. The
 literal one computes every sim(T1, T2) of Eq. 2 where the formulas name it, each time from the two (100, 768) vectors:
@@ -11,15 +13,22 @@ measured on a sample, and marked `~`. Arrays are float32.
 How much the literal `greedy` computes depends on how many sources it takes. So there are two kinds of instance:
 `alike`, where each source is nearer to the others the further down it ranks, and all are taken; and `unlike`, where
 sources share nothing but a part of the target, and KC soon falls.
+
+By HTTP: `POST /groupings` with `greedy`, at most 32 members and no candidates named, so over all vectors of an
+initialization (r = 1, d = 768, clustered as in benchmarks/fill.py), against the floor of one product of the same
+matrix, in memory, with a vector.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +36,9 @@ from numpy.typing import NDArray
 
 from tpv.grouping import Strategy, group
 from tpv.similarity import pool
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.served import filled, registry
 
 Floats = NDArray[np.float32]
 Literal = Callable[[Floats, Floats], list[int]]  #: members, for a target and sources
@@ -37,8 +49,25 @@ MEASURED_WHOLE = 24  #: sources up to which the literal pass runs whole
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pools", default="1000,10000,100000", help="sizes of the registered pools, or nothing")
+    pools = [int(size) for size in parser.parse_args().pools.split(",") if size]
     in_process()
+    over_http(pools)
+
+
+def over_http(pools: list[int]) -> None:
+    print(f"\n{'':26}{'taken':>7}{'p50 ms':>10}{'p95 ms':>10}{'floor ms':>10}{'ratio':>8}")
+    for count in pools:
+        with registry() as client:
+            matrix = filled(client, "pool", count, SHAPE[1])
+            client.vectors.register("target", vector=matrix[:20].mean(axis=0)[None], initialization="pool", task="t")
+            answer = client.groupings.create("target", max_size=32)
+            times = sorted(timed(lambda: client.groupings.create("target", max_size=32))[1] for _ in range(40))
+        floor = median(partial(np.matmul, matrix, matrix[0]))
+        p50, p95 = (times[int(len(times) * part)] * 1e3 for part in (0.5, 0.95))
+        figures = f"{len(answer.members):7}{p50:10.1f}{p95:10.1f}{floor * 1e3:10.2f}{p50 / floor / 1e3:8.1f}"
+        print(f"{f'greedy, {count} by HTTP':26}{figures}", flush=True)
 
 
 def in_process() -> None:

@@ -81,8 +81,8 @@ async def test_the_planner_takes_the_index(client, database_url, app):
         await connection.execute("set enable_sort = off")
         plan = await (
             await connection.execute(
-                f"explain select id from versions where initialization_id = '{family.id}'"
-                " order by pooled::vector(8) <#> '[1,1,1,1,1,1,1,1]' limit 5"  # noqa: S608 # an id of our own
+                f"explain select id from versions where initialization_id = '{family.id}'"  # noqa: S608 # an id of our own
+                " order by pooled::vector(8) <#> '[1,1,1,1,1,1,1,1]' limit 5"
             )
         ).fetchall()
 

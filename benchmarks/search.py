@@ -1,0 +1,171 @@
+"""How fast search is, exact and approximate, by HTTP; against one matrix product and FAISS on the same vectors.
+
+    python benchmarks/search.py [--pools 10000x768,100000x768,100000x4096] [--queries 100]
+
+Pools are registered with benchmarks/fill.py, each an initialization of its own in one registry: 2,000 clusters with
+log-normal norms, and plain Gaussian as the worst case. Queries are registered vectors, drawn at random, top 10 by
+`dot`. The floor is one product of the matrix, in memory, with a vector. FAISS is measured where it is installed
+(`pip install faiss-cpu`), in this process: a flat index and HNSW (M 16, efConstruction 64, as pgvector's defaults).
+While the index of the service is being built, one registration after another is timed.
+
+A pool of 1,000,000 takes about a quarter of an hour to fill, and longer to index; name it, and beside it a small one:
+`--pools 1000000x768,10000x768` shows what a family of 1 % costs in such a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import psycopg
+from numpy.typing import NDArray
+
+from tpv import errors
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.served import Served, filled, registry
+
+K = 10
+EF_SEARCH = (40, 100, 200, 400)
+MEMORY = 2 << 30  #: bytes, maintenance_work_mem while an index is built
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pools", default="10000x768,100000x768,100000x4096", help="COUNTxWIDTH, ...")
+    parser.add_argument("--distributions", default="clustered,gaussian")
+    parser.add_argument("--queries", type=int, default=100)
+    given = parser.parse_args()
+    with registry(search_index_memory=str(MEMORY)) as client:
+        for distribution in given.distributions.split(","):
+            for pool in given.pools.split(","):
+                count, width = map(int, pool.split("x"))
+                measure(client, distribution, count, width, given.queries)
+
+
+def measure(client: Served, distribution: str, count: int, width: int, queries: int) -> None:
+    name = f"{distribution}-{count}x{width}"
+    print(f"\n{name}", flush=True)
+    began = time.perf_counter()
+    matrix = filled(client, name, count, width, distribution)
+    print(f"  registered {count / (time.perf_counter() - began):.0f} a second")
+    rows = np.random.default_rng(1).choice(count, queries, replace=False).tolist()
+    references = [f"fill/{name}-{row:08}" for row in rows]
+    places = {f"fill/{name}-{row:08}:1": row for row in range(count)}
+
+    def search(reference: str, **options: object) -> list[int]:
+        return [places[hit.reference] for hit in client.similarity.search(reference, K, **options).hits]  # type: ignore[arg-type]
+
+    began = time.perf_counter()
+    search(references[0], accuracy="exact")
+    print(f"  first search, which reads the family: {time.perf_counter() - began:.1f} s")
+    floor = show("one product, in memory", lambda row: matrix @ matrix[row], rows)[1]
+    truth, _ = show("exact", lambda reference: search(reference, accuracy="exact"), references, floor=floor)
+    if wait_for_index(client, references[0], name):
+        for ef_search in EF_SEARCH:
+            show(
+                f"approximate, ef_search {ef_search}",
+                lambda reference, ef=ef_search: search(reference, accuracy="approximate", ef_search=ef),
+                references,
+                truth,
+                floor,
+            )
+        with psycopg.connect(client.database_url) as connection:
+            (size,) = connection.execute(
+                "select coalesce(sum(pg_relation_size(indexrelid)), 0) from pg_stat_user_indexes"
+                " where indexrelname like 'search%'"
+            ).fetchone() or (0,)
+        print(f"  all indexes so far: {size / 2**20:.0f} MB")
+    show("auto", search, references, truth, floor)
+    print(f"  memory of the service: {service_memory() / 2**20:.0f} MB resident, mapped files included")
+    faiss_beside(matrix, rows, truth, floor)
+
+
+def wait_for_index(client: Served, reference: str, name: str) -> bool:
+    """Whether the family gets an index; registers meanwhile, and says how long both took."""
+    began, times = time.perf_counter(), []
+    width = client.initializations.get(name).token_dim
+    random = np.random.default_rng(2)
+    while True:
+        try:
+            client.similarity.search(reference, K, accuracy="approximate")
+        except errors.Conflict:
+            if not client.similarity.search(reference, K).pool.size * width >= 40_000_000:
+                return False
+        else:
+            break
+        for _ in range(10):
+            vector = random.normal(scale=1e-3, size=(1, width)).astype(np.float32)
+            start = time.perf_counter()
+            client.vectors.register("meanwhile", vector=vector, initialization=name)
+            times.append((time.perf_counter() - start) * 1e3)
+            time.sleep(0.1)
+    took = time.perf_counter() - began
+    print(f"  index built in {took:.0f} s (maintenance_work_mem {MEMORY >> 20} MB)", flush=True)
+    if times:
+        print(f"  {len(times)} registrations meanwhile: median {np.median(times):.0f} ms, longest {max(times):.0f} ms")
+    return True
+
+
+def show(
+    name: str,
+    ask: Callable[..., object],
+    queries: list[object] | list[int] | list[str],
+    truth: list[list[int]] | None = None,
+    floor: float | None = None,
+) -> tuple[list[list[int]], float]:
+    """Asks each query once, after a few for warming up; prints p50, p95 and recall; gives the answers and p50."""
+    for query in queries[:5]:
+        ask(query)
+    answers, times = [], []
+    for query in queries:
+        start = time.perf_counter()
+        answers.append(ask(query))
+        times.append((time.perf_counter() - start) * 1e3)
+    times.sort()
+    p50, p95 = times[len(times) // 2], times[int(len(times) * 0.95)]
+    recall = ""
+    if truth is not None:
+        found = [len({*one} & {*other}) / K for one, other in zip(answers, truth, strict=True)]  # type: ignore[misc]
+        recall = f"  recall@{K} {np.mean(found):.3f}"
+    ratio = f"  {p50 / floor:5.2f} x the product" if floor else ""
+    print(f"  {name:28} p50 {p50:8.2f} ms  p95 {p95:8.2f} ms{ratio}{recall}", flush=True)
+    return answers, p50  # type: ignore[return-value]
+
+
+def service_memory() -> int:
+    mine = psutil.Process().children(recursive=True)
+    return max(child.memory_info().rss for child in mine if "tpv_service.server" in " ".join(child.cmdline()))
+
+
+def faiss_beside(matrix: NDArray[np.float32], rows: list[int], truth: list[list[int]], floor: float) -> None:
+    """The same queries by FAISS in this process; the query itself, which it finds too, is left out."""
+    try:
+        import faiss
+    except ImportError:
+        print("  FAISS is not installed")
+        return
+    flat = faiss.IndexFlatIP(matrix.shape[1])
+    flat.add(matrix)
+    hnsw = faiss.IndexHNSWFlat(matrix.shape[1], 16, faiss.METRIC_INNER_PRODUCT)
+    hnsw.hnsw.efConstruction = 64
+    began = time.perf_counter()
+    hnsw.add(matrix)
+    print(f"  FAISS HNSW built in {time.perf_counter() - began:.0f} s")
+
+    def ask(index: object, row: int) -> list[int]:
+        return [found for found in index.search(matrix[row : row + 1], K + 1)[1][0].tolist() if found != row][:K]  # type: ignore[attr-defined]
+
+    show("FAISS flat", lambda row: ask(flat, row), rows, truth, floor)
+    for ef_search in (100, 400):
+        hnsw.hnsw.efSearch = ef_search
+        show(f"FAISS HNSW, efSearch {ef_search}", lambda row: ask(hnsw, row), rows, truth, floor)
+
+
+if __name__ == "__main__":
+    main()

@@ -161,7 +161,11 @@ def _pool(
     candidates: Candidates, *, versions: str | None = None, conditions: Mapping[str, Any] | None = None
 ) -> Pool | None:
     if isinstance(candidates, Pool):
+        if versions or _base.given(**(conditions or {})):
+            raise TypeError("a Pool says all by itself: leave out versions= and conditions, or put them into it")
         return candidates
+    if isinstance(candidates, str):
+        candidates = [candidates]
     chosen, references = (candidates, None) if isinstance(candidates, Filter) else (None, candidates)
     members = _base.given(
         references=None if references is None else [_paths.reference_of(ref) for ref in references],

@@ -42,11 +42,11 @@ async def get_prompt(
     """P_init + scale * T as safetensors, tensor `prompt`; the file's metadata say which P_init and scale."""
     version = await queries.version_at(session, namespace, name, v)
     start = version.initialization
+    await release(session)
     if initialization is not None:
         start = await request.state.initializations.resolve(initialization)
         named = version_reference(version), version.initialization
         are_mixed(named, ("the prompt asked for", start), allowed=allow_mixed_initializations)
-    await release(session)
     content = await run_in_threadpool(_prompt, request.state.store, version, start, scale)
     return computed_response(
         request,

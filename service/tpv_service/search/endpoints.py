@@ -85,7 +85,7 @@ async def _nearest(
             return found
     measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool)
     await release(session)
-    similarities = await run_in_threadpool(measure.one_with_many, query.pooled, pool.matrix)
+    similarities = await run_in_threadpool(measure.one_with_many, query.pooled, pool.matrix, pool.where)
     rows = scores.best(similarities, pool.where, asked.k)
     return rows, similarities[rows], None
 
@@ -96,7 +96,7 @@ async def _nearest_flat(
     rows, how = np.flatnonzero(pool.where), None
     if len(rows) > FLAT_LIMIT:
         cosines = scores.Measure(metric="cosine")
-        similarities = await run_in_threadpool(cosines.one_with_many, query.pooled, pool.matrix)
+        similarities = await run_in_threadpool(cosines.one_with_many, query.pooled, pool.matrix, pool.where)
         rows = scores.best(similarities, pool.where, max(FLAT_LIMIT, asked.k))
         how = f"the {len(rows)} with the largest cosine of pooled vectors were compared whole"
     ids = [UUID(bytes=bytes(key)) for key in pool.ids[rows]]
@@ -115,10 +115,12 @@ async def _by_index(
             "there is no index for these candidates (yet): it is made for a whole initialization, some time after the "
             f"first search in {family.above // width} or more vectors; ask with accuracy auto or exact"
         )
-    if not ready or (asked.accuracy == "auto" and pool.size * width < family.above):
+    small = pool.size * width < family.above or width > indexes.SIGNS_ABOVE  # signs alone are for who asks for them
+    if not ready or (asked.accuracy == "auto" and small):
         return None
     assert snapshot is not None
-    wanted = min(asked.k, pool.size)
+    # Beyond the widest that is indexed as it is, the index ranks roughly: what is compared exactly decides.
+    wanted = min(asked.k if width <= indexes.EXACT_WIDTH else indexes.shortlist(width, asked.k) // 2, pool.size)
     count = indexes.shortlist(width, asked.k)
     for _ in range(3):
         ids = await family.nearest(
@@ -127,8 +129,9 @@ async def _by_index(
         rows = snapshot.rows_of(ids)
         rows = rows[pool.where[rows]]
         if len(rows) >= wanted:
-            similarities = scores.Measure(metric="dot").one_with_many(query.pooled, pool.matrix[rows])
-            kept = scores.best(similarities, np.ones(len(rows), dtype=bool), asked.k)
+            everywhere = np.ones(len(rows), dtype=bool)
+            similarities = scores.Measure(metric="dot").one_with_many(query.pooled, pool.matrix[rows], everywhere)
+            kept = scores.best(similarities, everywhere, asked.k)
             how = f"an HNSW index gave {len(ids)} (ef_search {asked.ef_search}), which were compared exactly"
             return rows[kept], similarities[kept], how
         count *= 8
@@ -210,8 +213,9 @@ async def _group(request: Request, session: Session, asked: GroupingRequest, tar
     query = await read_query(request, session, target)
     pool = await choose(request, session, query, asked.candidates, allow_same_task=asked.allow_same_task, mixed=mixed)
     await release(session)
-    pool = pool.few()
-    similarities = await run_in_threadpool(scores.Measure(metric="dot").one_with_many, query.pooled, pool.matrix)
+    similarities = await run_in_threadpool(
+        scores.Measure(metric="dot").one_with_many, query.pooled, pool.matrix, pool.where
+    )
     order = await _tie_order(session, asked, pool, similarities)
     limit = None if asked.trace == "all" else LISTED
 

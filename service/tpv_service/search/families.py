@@ -78,10 +78,20 @@ class Families:
         copy = self._open.setdefault(initialization.id, _Copy())
         self._open.move_to_end(initialization.id)
         async with copy.lock, self._readers() as session:
-            if copy.family is None:
-                copy.family = await self._begin(session, initialization)
-            await _catch_up(session, initialization.id, copy.family)
-            snapshot = copy.family.snapshot
+            try:
+                if copy.family is None:
+                    copy.family = await self._begin(session, initialization)
+                if not await _catch_up(session, initialization.id, copy.family):
+                    copy.family.forget()
+                    copy.family = await self._begin(session, initialization)
+                    await _catch_up(session, initialization.id, copy.family)
+                snapshot = copy.family.snapshot
+            except OSError as error:
+                copy.family = None
+                raise Unavailable(f"the cache directory does not take or give files: {error.strerror}") from error
+            except BaseException:  # it may have grown half; opened again, it is what its log says
+                copy.family = None
+                raise
         self._close_oldest()
         return snapshot
 
@@ -116,18 +126,21 @@ class _Copy:
         return len(self.family.snapshot) if self.family else 0
 
 
-async def _catch_up(session: AsyncSession, initialization: UUID, family: Family) -> None:
-    known = family.since_horizon()
+async def _catch_up(session: AsyncSession, initialization: UUID, family: Family) -> bool:
+    """Adds what is new; False when the copy is of a time that the database does not know, as after a restore."""
+    known = await run_in_threadpool(family.since_horizon)
     asked = {"family": initialization, "since": str(family.horizon), "known": known}
     look = (await session.execute(_LOOK, asked)).one()
     if look.horizon < family.horizon:
-        raise Unavailable("the database went back in time, as after a restored backup; restart the service")
+        return False
     if look.grown:
         await _read_rows(session, initialization, family, known)
+        await run_in_threadpool(family.settle, look.horizon)
     if look.changed:
         states = (await session.execute(_STATES, {"family": initialization, "changed": look.changed})).all()
         await run_in_threadpool(family.set_alive, [s[0] for s in states], [s[1] for s in states])
     family.horizon = look.horizon
+    return True
 
 
 async def _read_rows(session: AsyncSession, initialization: UUID, family: Family, known: list[UUID]) -> None:

@@ -23,7 +23,7 @@ Rows = NDArray[np.intp]
 Mask = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
 
-RECORD = np.dtype([("id", "V16"), ("vector", "V16"), ("txid", "<u8"), ("number", "<i4"), ("norm", "<f4")])
+RECORD = np.dtype([("id", "V16"), ("vector", "V16"), ("txid", "<u8"), ("number", "<i4")])
 
 _BLOCK = 1 << 26  #: bytes that are read at a time to check them
 _FEW = 20  #: versions that are looked for one by one
@@ -90,40 +90,60 @@ class Family:
         self._log, self._matrix, self._records = (path.with_suffix(f".{name}") for name in ("log", "f32", "rows"))
         count = self._recover()
         for file, size in ((self._matrix, 4 * width), (self._records, RECORD.itemsize)):
+            if count == 0:  # snapshots of a former copy may still map the old files
+                file.unlink(missing_ok=True)
             with file.open("ab") as opened:
                 opened.truncate(count * size)
         alive = np.ones(count, dtype=bool)
         self.snapshot = self._map(count, alive, np.zeros(count, dtype=bool))
-        self.set_alive([], [])
-        #: False as long as nobody has said which of the rows found on disk were deleted meanwhile
-        self.knows_deleted = count == 0
+        self._touched: list[NDArray[Any]] = [self.snapshot.records["vector"]]
+        self.settle()
 
     def append(self, records: NDArray[Any], pooled: Float32, alive: Mask, horizon: int) -> None:
-        """Adds rows (n, d) with their records; they are part of the next snapshot."""
+        """Adds rows (n, d) with their records; `settle` makes them part of the next snapshot in full.
+
+        After an error the family must be opened again, for its files may have grown without it.
+        """
         now = self.snapshot
-        records["norm"] = np.sqrt(np.vecdot(pooled, pooled))
         contents = np.ascontiguousarray(pooled, dtype="<f4").tobytes(), records.tobytes()
         for file, content in zip((self._matrix, self._records), contents, strict=True):
             with file.open("ab") as opened:
                 opened.write(content)
         count = len(now) + len(records)
-        entry = {"rows": count, "crc": [zlib.crc32(content) for content in contents], "horizon": horizon}
+        self._write_entry(count, [zlib.crc32(content) for content in contents], horizon)
+        newest = np.concatenate([now.newest, np.zeros_like(alive)])
+        self.snapshot = self._map(count, np.concatenate([now.alive, alive]), newest)
+        self._touched.append(records["vector"])
+
+    def settle(self, horizon: int | None = None) -> None:
+        """Finds the newest versions among what was added since the last time, and keeps the horizon if one is given."""
+        touched = np.unique(np.concatenate(self._touched))
+        self._touched = [touched[:0]]
+        if len(touched):
+            self.snapshot = _with_newest(self.snapshot, touched)
+        if horizon is not None:
+            self._write_entry(len(self.snapshot), [0, 0], horizon)
+
+    def forget(self) -> None:
+        """Makes whoever opens the copy next begin a new one."""
+        self._log.unlink(missing_ok=True)
+
+    def _write_entry(self, rows: int, crc: list[int], horizon: int) -> None:
         with self._log.open("a") as log:
-            log.write(json.dumps(entry) + "\n")
+            log.write(json.dumps({"rows": rows, "crc": crc, "horizon": horizon}) + "\n")
         self.horizon = horizon
-        grown = self._map(count, np.concatenate([now.alive, alive]), np.concatenate([now.newest, np.zeros_like(alive)]))
-        self.snapshot = _with_newest(grown, np.unique(records["vector"]))
 
     def set_alive(self, ids: Sequence[UUID], alive: Sequence[bool]) -> None:
         """Says of versions, some of which may not be here, whether they live."""
         now = self.snapshot
         states = dict(zip(ids, alive, strict=True))
-        rows = now.rows_of(states)
         changed = now.alive.copy()
-        for row in rows.tolist():
+        for row in now.rows_of(states).tolist():
             changed[row] = states[UUID(bytes=now.records["id"][row].tobytes())]
-        touched = np.unique(now.records["vector"][rows]) if ids else None
-        self.snapshot = _with_newest(Snapshot(now.matrix, now.records, changed, now.newest), touched)
+        rows = np.flatnonzero(changed != now.alive)
+        if len(rows):
+            touched = np.unique(now.records["vector"][rows])
+            self.snapshot = _with_newest(Snapshot(now.matrix, now.records, changed, now.newest), touched)
 
     def since_horizon(self) -> list[UUID]:
         """The versions that a look at everything since the horizon would find again."""
@@ -174,10 +194,10 @@ def _halves(ids: NDArray[Any]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     return halves[:, 0], halves[:, 1].astype(np.uint64)
 
 
-def _with_newest(snapshot: Snapshot, touched: NDArray[Any] | None) -> Snapshot:
-    """The snapshot with `newest` made true again for the touched vectors; None means all."""
+def _with_newest(snapshot: Snapshot, touched: NDArray[Any]) -> Snapshot:
+    """The snapshot with `newest` made true again for the touched vectors."""
     numbers, alive = snapshot.records["number"], snapshot.alive
-    if touched is not None and len(touched) <= _MANY:
+    if len(touched) <= _MANY:
         newest = snapshot.newest.copy()
         for vector in touched:
             rows = snapshot._rows_of_vector(vector)

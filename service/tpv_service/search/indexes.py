@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from uuid import UUID
 
+import numpy as np
 import pgvector
 import structlog
 from sqlalchemy import text
@@ -23,7 +24,7 @@ from tpv_service.settings import Settings
 log = structlog.get_logger()
 
 _LOCK = 4_927_113_802  #: any number that only the building of these indexes locks
-_VECTOR, _HALFVEC = 2000, 4000  #: the widest that pgvector's HNSW takes of each type
+EXACT_WIDTH, SIGNS_ABOVE = 2000, 4000  #: the widest that pgvector's HNSW takes of `vector` and of `halfvec`
 
 
 def name_of(initialization: UUID) -> str:
@@ -33,18 +34,18 @@ def name_of(initialization: UUID) -> str:
 
 def expression(width: int) -> tuple[str, str]:
     """What is indexed, and by which operators. Beyond half precision, the signs of the numbers: one bit each."""
-    if width <= _VECTOR:
+    if width <= EXACT_WIDTH:
         return f"(pooled::vector({width}))", "vector_ip_ops"
-    if width <= _HALFVEC:
+    if width <= SIGNS_ABOVE:
         return f"(pooled::halfvec({width}))", "halfvec_ip_ops"
     return f"(binary_quantize(pooled)::bit({width}))", "bit_hamming_ops"
 
 
 def shortlist(width: int, k: int) -> int:
     """How many the index is asked for, so that after the comparison with the vectors the best k are among them."""
-    if width <= _VECTOR:
+    if width <= EXACT_WIDTH:
         return k + 20  # some may be deleted, or not the newest
-    return max(100, 4 * k) if width <= _HALFVEC else max(1000, 40 * k)
+    return max(100, 4 * k) if width <= SIGNS_ABOVE else max(1000, 40 * k)
 
 
 class Indexes:
@@ -106,7 +107,8 @@ class Indexes:
                 select id from versions where initialization_id = '{initialization.id}'
                 order by {indexed} {operator} {value} limit :count
             """),  # noqa: S608 # a UUID and numbers of our own
-            {"pooled": pgvector.Vector(pooled), "count": count},
+            # Scaled, the order is the same, and half precision is never exceeded.
+            {"pooled": pgvector.Vector(pooled / (np.abs(pooled).max() or 1)), "count": count},
         )
         return list(found.scalars())
 

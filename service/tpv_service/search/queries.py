@@ -10,7 +10,8 @@ from uuid import UUID
 import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
-from sqlalchemy import select, union_all
+from sqlalchemy import ColumnElement, Uuid, any_, literal, select, union_all
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.concurrency import run_in_threadpool
 
@@ -65,14 +66,6 @@ class Candidates:
     @property
     def size(self) -> int:
         return int(self.where.sum())
-
-    def few(self) -> Candidates:
-        """The same without the other rows, where these are the most: what is not asked for is not read either."""
-        rows = np.flatnonzero(self.where)
-        if len(rows) > len(self.where) // 2:
-            return self
-        everywhere = np.ones(len(rows), dtype=bool)
-        return replace(self, matrix=self.matrix[rows], ids=self.ids[rows], where=everywhere, snapshot=None)
 
     def echo(self, metric: str, query: Query, *, how: str | None = None) -> PoolEcho:
         """What an answer says of the pool; `how` says how candidates were left out without comparing them."""
@@ -171,7 +164,12 @@ async def choose(
     )
     if keep_query or not query.versions:
         return base
-    doubtful = await _doubtful(session, query, allow_same_task=allow_same_task)
+    doubtful = await _doubtful(
+        session,
+        query,
+        family=None if base.snapshot is None else query.initialization.id,
+        allow_same_task=allow_same_task,
+    )
     rows = _rows_of(base, doubtful)
     inside = {version: row for version, row in rows.items() if base.where[row]}
     where = base.where.copy()
@@ -213,7 +211,9 @@ async def _family(request: Request, session: AsyncSession, query: Query, pool: P
     return Candidates(rule=rule, matrix=snapshot.matrix, ids=snapshot.records["id"], where=where, snapshot=snapshot)
 
 
-async def _doubtful(session: AsyncSession, query: Query, *, allow_same_task: bool) -> dict[UUID, tuple[str, str]]:
+async def _doubtful(
+    session: AsyncSession, query: Query, *, family: UUID | None, allow_same_task: bool
+) -> dict[UUID, tuple[str, str]]:
     """id -> (reference, reason) of the versions that may not help this query, wherever they are."""
     own_ids = [row.id for row in query.versions]
     own = [row.vector_id for row in query.versions]
@@ -223,9 +223,11 @@ async def _doubtful(session: AsyncSession, query: Query, *, allow_same_task: boo
     else:
         made = await _descendants(session, own)
         same_task = select(VersionRow.id).join(VersionRow.vector).where(VectorRow.tasks.overlap(query.tasks))
+        if family is not None:
+            same_task = same_task.where(VersionRow.initialization_id == family)
         doubtful = [  # one statement each, for each has an index of its own
             select(VersionRow.id).where(VersionRow.vector_id.in_(own)),
-            select(VersionRow.id).where(VersionRow.id.in_(made)),
+            select(VersionRow.id).where(_among(made)),
             *([same_task] if query.tasks else []),
         ]
     rows = await session.execute(
@@ -278,7 +280,7 @@ async def named(session: AsyncSession, ids: Iterable[Any]) -> dict[bytes, Named]
             VectorRow.task_type,
         )
         .join(VersionRow.vector)
-        .where(VersionRow.id.in_(wanted))
+        .where(_among(wanted))
     )
     return {
         version.bytes: Named(f"{namespace}/{name}:{number}", tasks, task_type)
@@ -292,6 +294,11 @@ def _rows_of(base: Candidates, ids: Iterable[UUID]) -> dict[UUID, int]:
         return {UUID(bytes=bytes(base.ids[row])): row for row in rows.tolist()}
     wanted = {version.bytes: version for version in ids}
     return {wanted[key]: i for i, key in enumerate(map(bytes, base.ids)) if key in wanted}
+
+
+def _among(ids: Iterable[UUID]) -> ColumnElement[bool]:
+    """The versions with these ids, any number of them: one parameter, where `in` has one for each."""
+    return VersionRow.id == any_(literal(list(ids), ARRAY(Uuid())))
 
 
 def _as_bytes(ids: Iterable[UUID]) -> NDArray[Any]:

@@ -35,18 +35,41 @@ class Measure:
     center: Float32 | None = None  #: (d,), the mean of the reference pool
     initialization: Float32 | None = None  #: (d,), the pooled P_init
 
-    def one_with_many(self, query: Float32, matrix: Float32) -> NDArray[np.float32]:
-        """Similarities (n,) of a pooled vector (d,) to the rows of a matrix (n, d)."""
-        result = np.empty(len(matrix), dtype=np.float32)
-        for start in range(0, len(matrix), _BLOCK):
-            result[start : start + _BLOCK] = self.many_with_many(matrix[start : start + _BLOCK], query)
+    def one_with_many(self, query: Float32, matrix: Float32, where: Mask) -> NDArray[np.float32]:
+        """Similarities (n,) of a pooled vector (d,) to those rows of a matrix (n, d); -inf for the others."""
+        result = np.full(len(matrix), -np.inf, dtype=np.float32)
+        rows = np.flatnonzero(where)
+        if 2 * len(rows) > len(matrix):  # reading all in their order is quicker than picking these
+            for start in range(0, len(matrix), _BLOCK):
+                result[start : start + _BLOCK] = self.compare(matrix[start : start + _BLOCK], query)
+            result[~where] = -np.inf
+        else:
+            for start in range(0, len(rows), _BLOCK):
+                some = rows[start : start + _BLOCK]
+                result[some] = self.compare(matrix[some], query)
+        _check_finite(result[rows], self.metric)
         return result
 
     def many_with_many(self, a: Float32, b: Float32) -> NDArray[np.float32]:
-        result: NDArray[np.float32] = pooled_similarity(
-            a, b, self.metric, center=self.center, initialization=self.initialization
-        )
+        """Similarities (n, m) of pooled vectors (n, d) and (m, d)."""
+        result = self.compare(a, b)
+        _check_finite(result, self.metric)
         return result
+
+    def compare(self, a: Float32, b: Float32) -> NDArray[np.float32]:
+        with np.errstate(over="ignore", invalid="ignore"):  # checked afterwards
+            result: NDArray[np.float32] = pooled_similarity(
+                a, b, self.metric, center=self.center, initialization=self.initialization
+            )
+        return result
+
+
+def _check_finite(similarities: NDArray[np.float32], metric: str) -> None:
+    if not np.isfinite(similarities).all():
+        raise Invalid(
+            f"{metric}: products of these vectors leave the range of float32; leave out the ones with the largest "
+            "norm, or register them scaled down"
+        )
 
 
 async def measure(

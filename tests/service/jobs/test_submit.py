@@ -133,7 +133,7 @@ async def test_vectors_of_different_initializations_are_not_mixed(registry: Asyn
     await registry.initializations.create("other", base_model="/models/t5", unpinned=True, tensor=other)
     await registry.vectors.register("sst2", prompt=other * 2, initialization="other", task="sst2")
 
-    with pytest.raises(errors.IncompatibleVectors, match="different initializations") as caught:
+    with pytest.raises(errors.IncompatibleVectors, match="differ in fingerprint") as caught:
         await transfer(registry, sources=["mnli", "sst2"])
     assert set(caught.value.extra["differences"]) == {"fingerprint"}
     with pytest.raises(errors.IncompatibleVectors, match="the one asked for other"):

@@ -26,6 +26,7 @@ def rows(count: int, *, vectors: list[UUID] | None = None, number: int = 1, txid
 def add(family: Family, records: np.ndarray, horizon: int = 20) -> np.ndarray:
     pooled = np.random.default_rng(len(family.snapshot)).normal(size=(len(records), WIDTH)).astype(np.float32)
     family.append(records, pooled, np.ones(len(records), dtype=bool), horizon)
+    family.settle()
     return pooled
 
 
@@ -144,6 +145,15 @@ def test_a_copy_of_another_database_or_width_is_dropped(family: Family, tmp_path
     assert len(reopened(tmp_path, source="another").snapshot) == 0
     add(reopened(tmp_path, source="another"), rows(3))
     assert len(reopened(tmp_path, source="another", width=WIDTH + 1).snapshot) == 0
+
+
+def test_a_forgotten_copy_is_begun_anew_and_old_snapshots_live_on(family: Family, tmp_path: Path) -> None:
+    pooled = add(family, rows(3))
+    before = family.snapshot
+    family.forget()
+
+    assert len(reopened(tmp_path).snapshot) == 0
+    np.testing.assert_array_equal(before.matrix, pooled)
 
 
 def test_the_total_is_of_the_newest_versions(family: Family) -> None:

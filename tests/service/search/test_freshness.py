@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 import numpy as np
@@ -11,7 +11,11 @@ import psycopg
 import pytest
 
 import tpv
+from tpv import errors
 from tpv_service.app import create_app
+from tpv_service.db import create_engine, create_reader
+from tpv_service.search.family import Family
+from tpv_service.search.queries import named
 from tpv_service.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -142,3 +146,50 @@ async def test_two_services_each_have_a_copy_of_their_own(settings: Settings, tm
         assert await found(one) == await found(other) == ["default/a:1"]
 
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["0", "1"]
+
+
+async def test_a_copy_that_could_not_be_written_is_read_anew(client, family, monkeypatch):
+    await register(client, "a")
+    await found(client)
+    append = Family.append
+
+    def torn(self: Family, *rest: object) -> None:
+        with self._matrix.open("ab") as file:
+            file.write(b"torn")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Family, "append", torn)
+    await register(client, "b", 3.0)
+    with pytest.raises(errors.Unavailable, match="No space left"):
+        await found(client)
+    monkeypatch.setattr(Family, "append", append)
+    answer = await client.similarity.search("query", k=10)
+
+    assert {hit.reference: hit.similarity for hit in answer.hits} == {"default/a:1": 4.0, "default/b:1": 12.0}
+
+
+async def test_a_copy_of_a_future_that_the_database_does_not_know_is_read_anew(client, family, app):
+    await register(client, "a")
+    await found(client)
+    copies = app.state["families"]._open
+    next(iter(copies.values())).family.horizon = 2**60  # as before a backup was restored
+
+    assert await found(client) == ["default/a:1"]
+
+
+async def test_a_change_of_words_leaves_a_snapshot_as_it_is(client, family, app):
+    await register(client, "a")
+    await found(client)
+    copy = next(iter(app.state["families"]._open.values())).family
+    before = copy.snapshot
+    await client.vectors.update("a", description="text")
+    await found(client)
+
+    assert copy.snapshot is before
+
+
+async def test_any_number_of_versions_can_be_named(settings: Settings):
+    engine = create_engine(settings)
+    async with create_reader(engine)() as session:
+        assert await named(session, [uuid4().bytes for _ in range(70_000)]) == {}  # 65,535 parameters are the most
+    await engine.dispose()

@@ -12,7 +12,7 @@ import pytest
 import tpv
 from tpv import errors
 from tpv.schemas.filters import Filter
-from tpv.schemas.similarity import FLAT_LIMIT
+from tpv.schemas.similarity import FLAT_LIMIT, Pool
 from tpv.similarity import METRICS, pool, similarity
 
 pytestmark = pytest.mark.anyio
@@ -280,3 +280,20 @@ async def test_a_long_trace_is_cut_unless_all_is_asked_for(client, vectors, monk
     assert (cut.trace_total, whole.trace_total, len(whole.trace)) == (SOURCES, SOURCES, SOURCES)
     assert {member.reference for member in greedy.members} <= {t.reference for t in greedy.trace}
     assert len(greedy.trace) < SOURCES
+
+
+async def test_products_beyond_float32_are_refused(client, vectors):
+    for name in ("huge", "huge-too"):
+        await client.vectors.register(name, vector=np.full((ROWS, WIDTH), 1e30, np.float32), initialization="family")
+    for call in (
+        client.similarity.matrix(["huge", "huge-too"]),
+        client.similarity.search("huge", k=1, allow_same_task=True, versions="all"),
+        client.groupings.create("huge", ["huge-too"]),
+    ):
+        with pytest.raises(errors.Invalid, match="leave the range of float32"):
+            await call
+
+
+async def test_a_pool_says_all_by_itself(client, vectors):
+    with pytest.raises(TypeError, match="a Pool says all"):
+        await client.similarity.search("rte", candidates=Pool(references=["s00"]), task_type="odd")

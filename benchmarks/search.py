@@ -59,7 +59,7 @@ def measure(client: Served, distribution: str, count: int, width: int, queries: 
     places = {f"fill/{name}-{row:08}:1": row for row in range(count)}
 
     def search(reference: str, **options: object) -> list[int]:
-        return [places[hit.reference] for hit in client.similarity.search(reference, K, **options).hits]  # type: ignore[arg-type]
+        return [places[hit.reference] for hit in client.similarity.search(reference, K, **options).hits]
 
     began = time.perf_counter()
     search(references[0], accuracy="exact")
@@ -131,11 +131,11 @@ def show(
     p50, p95 = times[len(times) // 2], times[int(len(times) * 0.95)]
     recall = ""
     if truth is not None:
-        found = [len({*one} & {*other}) / K for one, other in zip(answers, truth, strict=True)]  # type: ignore[misc]
+        found = [len({*one} & {*other}) / K for one, other in zip(answers, truth, strict=True)]
         recall = f"  recall@{K} {np.mean(found):.3f}"
     ratio = f"  {p50 / floor:5.2f} x the product" if floor else ""
     print(f"  {name:28} p50 {p50:8.2f} ms  p95 {p95:8.2f} ms{ratio}{recall}", flush=True)
-    return answers, p50  # type: ignore[return-value]
+    return answers, p50
 
 
 def service_memory() -> int:
@@ -159,7 +159,7 @@ def faiss_beside(matrix: NDArray[np.float32], rows: list[int], truth: list[list[
     print(f"  FAISS HNSW built in {time.perf_counter() - began:.0f} s")
 
     def ask(index: object, row: int) -> list[int]:
-        return [found for found in index.search(matrix[row : row + 1], K + 1)[1][0].tolist() if found != row][:K]  # type: ignore[attr-defined]
+        return [found for found in index.search(matrix[row : row + 1], K + 1)[1][0].tolist() if found != row][:K]
 
     show("FAISS flat", lambda row: ask(flat, row), rows, truth, floor)
     for ef_search in (100, 400):

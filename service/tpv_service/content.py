@@ -19,7 +19,7 @@ async def content_response(
     """The blob of this digest; it is checked before the first byte leaves, so a damaged one is never served."""
     await release(session)
     store: BlobStore = request.state.store
-    headers = _headers(digest, filename, "private, max-age=31536000, immutable")
+    headers = _headers(digest, filename)
     if _matches(request.headers.get("if-none-match", ""), digest):
         return Response(status_code=304, headers=headers)
     if url := store.presigned_url(digest):
@@ -28,19 +28,19 @@ async def content_response(
 
 
 def computed_response(request: Request, content: bytes, *, media_type: str, filename: str) -> Response:
-    """Content that was made for this request; to be asked for again, for the same URL may mean another one later."""
+    """Content that was made for this request."""
     digest = files.digest(content)
-    headers = _headers(digest, filename, "private, no-cache")
+    headers = _headers(digest, filename)
     if _matches(request.headers.get("if-none-match", ""), digest):
         return Response(status_code=304, headers=headers)
     return _part(request, content, digest, headers, media_type)
 
 
-def _headers(digest: str, filename: str, caching: str) -> dict[str, str]:
+def _headers(digest: str, filename: str) -> dict[str, str]:
     return {
         "ETag": f'"{digest}"',
         "Accept-Ranges": "bytes",
-        "Cache-Control": caching,
+        "Cache-Control": "private, no-cache",  # an alias moves, a version is deleted: ask again, by ETag
         "Content-Disposition": f'attachment; filename="{filename}"',
     }
 

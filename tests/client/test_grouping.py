@@ -257,7 +257,7 @@ def test_torch_decides_as_numpy_does(dtype: Any) -> None:
                     other.taken,
                     other.reason,
                 )
-                close: Callable[[float], Any] = lambda x: pytest.approx(x, rel=1e-4, abs=1e-4)  # noqa: E731
+                close: Callable[[float], Any] = lambda x: pytest.approx(x, rel=1e-4, abs=1e-4)  # noqa: E731 # one line, used once
                 assert one.similarity == close(other.similarity)
                 assert one.consistency_before == close(other.consistency_before)
                 assert one.consistency_after == close(other.consistency_after)

@@ -94,6 +94,11 @@ async def _nearest_flat(
     request: Request, session: Session, query: Query, pool: Candidates, asked: SearchRequest
 ) -> tuple[Rows, NDArray[np.float32], str | None]:
     rows, how = np.flatnonzero(pool.where), None
+    if len(rows) > FLAT_LIMIT and asked.accuracy == "exact":
+        raise Invalid(
+            f"cosine-flat reads vectors whole, exactly at most {FLAT_LIMIT}; here are {len(rows)} candidates: narrow "
+            "them by a filter, or take accuracy auto, which compares those whole that look similar"
+        )
     if len(rows) > FLAT_LIMIT:
         cosines = scores.Measure(metric="cosine")
         similarities = await run_in_threadpool(cosines.one_with_many, query.pooled, pool.matrix, pool.where)
@@ -115,24 +120,22 @@ async def _by_index(
             "there is no index for these candidates (yet): it is made for a whole initialization, some time after the "
             f"first search in {family.above // width} or more vectors; ask with accuracy auto or exact"
         )
-    small = pool.size * width < family.above or width > indexes.SIGNS_ABOVE  # signs alone are for who asks for them
-    if not ready or (asked.accuracy == "auto" and small):
+    if not ready or (asked.accuracy == "auto" and pool.size * width < family.above):
         return None
     assert snapshot is not None
-    # Beyond the widest that is indexed as it is, the index ranks roughly: what is compared exactly decides.
-    wanted = min(asked.k if width <= indexes.EXACT_WIDTH else indexes.shortlist(width, asked.k) // 2, pool.size)
     count = indexes.shortlist(width, asked.k)
+    # Beyond the widest that is indexed as it is, the index ranks roughly: what is compared exactly decides.
+    wanted = min(asked.k if width <= indexes.VECTOR_WIDTH else count // 2, pool.size)
     for _ in range(3):
-        ids = await family.nearest(
-            session, query.initialization, query.pooled, count=count, ef_search=max(asked.ef_search, min(count, 1000))
-        )
+        ef_search = max(asked.ef_search, min(count, 1000))  # fewer are never found well
+        ids = await family.nearest(session, query.initialization, query.pooled, count=count, ef_search=ef_search)
         rows = snapshot.rows_of(ids)
         rows = rows[pool.where[rows]]
         if len(rows) >= wanted:
             everywhere = np.ones(len(rows), dtype=bool)
             similarities = scores.Measure(metric="dot").one_with_many(query.pooled, pool.matrix[rows], everywhere)
             kept = scores.best(similarities, everywhere, asked.k)
-            how = f"an HNSW index gave {len(ids)} (ef_search {asked.ef_search}), which were compared exactly"
+            how = f"an HNSW index gave {len(ids)} (ef_search {ef_search}), which were compared exactly"
             return rows[kept], similarities[kept], how
         count *= 8
     return None  # the filter leaves so few that the index does not find them

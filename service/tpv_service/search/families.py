@@ -70,7 +70,6 @@ class Families:
 
     def __init__(self, readers: async_sessionmaker[AsyncSession], directory: Path) -> None:
         self._readers, self._directory = readers, directory
-        self._source = ""
         self._open: OrderedDict[UUID, _Copy] = OrderedDict()
 
     async def current(self, initialization: InitializationRow) -> Snapshot:

@@ -24,7 +24,7 @@ from tpv_service.settings import Settings
 log = structlog.get_logger()
 
 _LOCK = 4_927_113_802  #: any number that only the building of these indexes locks
-EXACT_WIDTH, SIGNS_ABOVE = 2000, 4000  #: the widest that pgvector's HNSW takes of `vector` and of `halfvec`
+VECTOR_WIDTH, HALF_WIDTH = 2000, 4000  #: the widest that pgvector's HNSW takes of `vector` and of `halfvec`
 
 
 def name_of(initialization: UUID) -> str:
@@ -33,19 +33,17 @@ def name_of(initialization: UUID) -> str:
 
 
 def expression(width: int) -> tuple[str, str]:
-    """What is indexed, and by which operators. Beyond half precision, the signs of the numbers: one bit each."""
-    if width <= EXACT_WIDTH:
+    """What is indexed, and by which operators: in half precision, and the first 4000 numbers, where no more fits."""
+    if width <= VECTOR_WIDTH:
         return f"(pooled::vector({width}))", "vector_ip_ops"
-    if width <= SIGNS_ABOVE:
+    if width <= HALF_WIDTH:
         return f"(pooled::halfvec({width}))", "halfvec_ip_ops"
-    return f"(binary_quantize(pooled)::bit({width}))", "bit_hamming_ops"
+    return f"(subvector(pooled, 1, {HALF_WIDTH})::halfvec({HALF_WIDTH}))", "halfvec_ip_ops"
 
 
 def shortlist(width: int, k: int) -> int:
     """How many the index is asked for, so that after the comparison with the vectors the best k are among them."""
-    if width <= EXACT_WIDTH:
-        return k + 20  # some may be deleted, or not the newest
-    return max(100, 4 * k) if width <= SIGNS_ABOVE else max(1000, 40 * k)
+    return k + 20 if width <= VECTOR_WIDTH else max(100, 4 * k)  # some may be deleted, or not the newest
 
 
 class Indexes:
@@ -87,13 +85,8 @@ class Indexes:
 
         The session has a transaction, which the settings of the search are for.
         """
-        indexed, operators = expression(initialization.token_dim)
-        width = initialization.token_dim
-        value, operator = {
-            "vector_ip_ops": (f"cast(:pooled as vector({width}))", "<#>"),
-            "halfvec_ip_ops": (f"cast(cast(:pooled as vector) as halfvec({width}))", "<#>"),
-            "bit_hamming_ops": (f"binary_quantize(cast(:pooled as vector))::bit({width})", "<~>"),
-        }[operators]
+        indexed, _ = expression(initialization.token_dim)
+        value = indexed.replace("pooled", "cast(:pooled as vector)")
         await session.execute(
             text("""
                 select set_config('hnsw.ef_search', :ef_search, true),
@@ -105,7 +98,7 @@ class Indexes:
         found = await session.execute(
             text(f"""
                 select id from versions where initialization_id = '{initialization.id}'
-                order by {indexed} {operator} {value} limit :count
+                order by {indexed} <#> {value} limit :count
             """),  # noqa: S608 # a UUID and numbers of our own
             # Scaled, the order is the same, and half precision is never exceeded.
             {"pooled": pgvector.Vector(pooled / (np.abs(pooled).max() or 1)), "count": count},

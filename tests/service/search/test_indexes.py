@@ -55,7 +55,7 @@ async def approximate(client: tpv.AsyncClient, **options: object) -> SearchAnswe
     raise AssertionError("no index came")
 
 
-@pytest.mark.parametrize(("width", "kind"), [(8, "vector"), (2001, "halfvec"), (4001, "bit")])
+@pytest.mark.parametrize(("width", "kind"), [(8, "vector"), (2001, "halfvec"), (4001, "halfvec(4000)")])
 async def test_an_index_is_built_and_gives_what_the_exact_search_gives(client, database_url, width, kind):
     await fill(client, width)
     found, exact = await approximate(client, k=5), await client.similarity.search("q", k=5, accuracy="exact")

@@ -199,6 +199,8 @@ async def test_a_large_pool_is_compared_whole_only_as_far_as_it_looks_similar(cl
 
     assert (answer.pool.exact, len(answer.hits)) == (False, 2)
     assert answer.pool.how == "the 4 with the largest cosine of pooled vectors were compared whole"
+    with pytest.raises(errors.Invalid, match="exactly at most 4; here are 12"):
+        await client.similarity.search("rte", metric="cosine-flat", accuracy="exact")
     with pytest.raises(errors.Invalid, match=f"at most {FLAT_LIMIT}"):
         await client.similarity.matrix(["rte"] * (FLAT_LIMIT + 1), metric="cosine-flat")
 

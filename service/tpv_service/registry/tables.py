@@ -63,7 +63,11 @@ class VectorRow(Deletable, Table):
     """A named vector. `last_version` is the counter that its versions are numbered by; its row lock orders writers."""
 
     __tablename__ = "vectors"
-    __table_args__ = (UniqueConstraint("namespace", "name"), Index(None, "tasks", postgresql_using="gin"))
+    __table_args__ = (
+        UniqueConstraint("namespace", "name"),
+        Index(None, "tasks", postgresql_using="gin"),
+        Index(None, "tags", postgresql_using="gin"),
+    )
 
     id: Mapped[Id]
     namespace: Mapped[str]

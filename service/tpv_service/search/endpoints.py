@@ -37,7 +37,7 @@ from tpv_service.registry import queries as registry
 from tpv_service.registry.compatibility import check_same_initialization
 from tpv_service.registry.views import initialization_summary, version_reference
 from tpv_service.search import indexes, scores
-from tpv_service.search.family import Rows
+from tpv_service.search.family import Rows, as_bytes
 from tpv_service.search.queries import (
     Candidates,
     Query,
@@ -129,7 +129,7 @@ async def _by_index(
     for _ in range(3):
         ef_search = max(asked.ef_search, min(count, 1000))  # fewer are never found well
         ids = await family.nearest(session, query.initialization, query.pooled, count=count, ef_search=ef_search)
-        rows = snapshot.rows_of(ids)
+        rows = snapshot.rows_of(as_bytes(ids))
         rows = rows[pool.where[rows]]
         if len(rows) >= wanted:
             everywhere = np.ones(len(rows), dtype=bool)

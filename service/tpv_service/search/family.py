@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 Rows = NDArray[np.intp]
 Mask = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
+Sorted = tuple[Rows, NDArray[np.uint64]]  #: rows in the order of their ids' second halves, and these halves
 
 RECORD = np.dtype([("id", "V16"), ("vector", "V16"), ("txid", "<u8"), ("number", "<i4")])
 
 _BLOCK = 1 << 26  #: bytes that are read at a time to check them
-_FEW = 20  #: versions that are looked for one by one
+_TAIL = 8  #: rows are sorted anew when one in so many has come since
 _MANY = 64  #: vectors; the newest versions of more are found by sorting all rows once
 
 
@@ -38,6 +39,7 @@ class Snapshot:
     records: NDArray[Any]  #: (n,) of RECORD
     alive: Mask  #: (n,), neither version nor vector is deleted
     newest: Mask  #: (n,), the newest living version of its vector
+    places: Sorted  #: of the first rows, most of them all
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -51,24 +53,20 @@ class Snapshot:
             total += block.sum(axis=0, dtype=np.float64)
         return total, int(self.newest.sum())
 
-    def rows_of(self, ids: Iterable[UUID]) -> Rows:
-        """The rows of the versions that are here, in their order; ids from elsewhere are passed over."""
-        wanted = np.array([version.bytes for version in ids], dtype="V16")
-        if len(wanted) <= _FEW and "_by_id" not in vars(self):  # sorting all ids for these would take longer
-            kept = np.ascontiguousarray(self.records["id"])
-            return np.concatenate([np.zeros(0, np.intp), *(np.flatnonzero(kept == version) for version in wanted)])
-        _, second = _halves(wanted)
-        order, sorted_second = self._by_id
-        place = np.minimum(np.searchsorted(sorted_second, second), max(0, len(order) - 1))
-        rows = order[place] if len(order) else np.zeros(0, np.intp)
-        found: Rows = rows[self.records["id"][rows] == wanted[: len(rows)]]
-        return found
+    def rows_of(self, ids: NDArray[Any]) -> Rows:
+        """The rows of the versions that are here; `ids` are (m,) of 16 bytes, and keep their order."""
+        _, second = _halves(ids)
+        rows = np.full(len(ids), -1)
+        for order, halves in (self.places, self._tail):
+            if len(order):
+                found = order[np.minimum(np.searchsorted(halves, second), len(order) - 1)]
+                rows = np.where(self.records["id"][found] == ids, found, rows)
+        return rows[rows >= 0]
 
     @cached_property
-    def _by_id(self) -> tuple[Rows, NDArray[np.uint64]]:
-        second = _halves(self.records["id"])[1]  # 62 of its bits are random: no two are equal
-        order = np.argsort(second, kind="stable")
-        return order, second[order]
+    def _tail(self) -> Sorted:
+        """The places of the rows that came after the sorted ones."""
+        return _sorted(self.records, len(self.places[0]))
 
     def _rows_of_vector(self, vector: Any) -> Rows:
         first, second = _halves(self.records["vector"])
@@ -95,6 +93,7 @@ class Family:
             with file.open("ab") as opened:
                 opened.truncate(count * size)
         alive = np.ones(count, dtype=bool)
+        self._places = _sorted(np.zeros(0, RECORD))
         self.snapshot = self._map(count, alive, np.zeros(count, dtype=bool))
         self._touched: list[NDArray[Any]] = [self.snapshot.records["vector"]]
         self.settle()
@@ -138,12 +137,12 @@ class Family:
         now = self.snapshot
         states = dict(zip(ids, alive, strict=True))
         changed = now.alive.copy()
-        for row in now.rows_of(states).tolist():
+        for row in now.rows_of(as_bytes(states)).tolist():
             changed[row] = states[UUID(bytes=now.records["id"][row].tobytes())]
         rows = np.flatnonzero(changed != now.alive)
         if len(rows):
             touched = np.unique(now.records["vector"][rows])
-            self.snapshot = _with_newest(Snapshot(now.matrix, now.records, changed, now.newest), touched)
+            self.snapshot = _with_newest(replace(now, alive=changed), touched)
 
     def since_horizon(self) -> list[UUID]:
         """The versions that a look at everything since the horizon would find again."""
@@ -152,10 +151,12 @@ class Family:
 
     def _map(self, count: int, alive: Mask, newest: Mask) -> Snapshot:
         if count == 0:
-            return Snapshot(np.zeros((0, self.width), np.float32), np.zeros(0, RECORD), alive, newest)
-        matrix = np.memmap(self._matrix, "<f4", mode="r", shape=(count, self.width))
-        records = np.memmap(self._records, RECORD, mode="r", shape=(count,))
-        return Snapshot(matrix.view(np.ndarray), records.view(np.ndarray), alive, newest)
+            return Snapshot(np.zeros((0, self.width), np.float32), np.zeros(0, RECORD), alive, newest, self._places)
+        matrix = np.memmap(self._matrix, "<f4", mode="r", shape=(count, self.width)).view(np.ndarray)
+        records = np.memmap(self._records, RECORD, mode="r", shape=(count,)).view(np.ndarray)
+        if _TAIL * (count - len(self._places[0])) > count:
+            self._places = _sorted(records)
+        return Snapshot(matrix, records, alive, newest, self._places)
 
     def _recover(self) -> int:
         """How many rows of the files are whole; 0, with a new log, when they cannot be trusted."""
@@ -194,6 +195,17 @@ def _halves(ids: NDArray[Any]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     return halves[:, 0], halves[:, 1].astype(np.uint64)
 
 
+def _sorted(records: NDArray[Any], start: int = 0) -> Sorted:
+    second = _halves(records["id"][start:])[1]  # 62 of its bits are random: no two are equal
+    order = np.argsort(second, kind="stable")
+    return order + start, second[order]
+
+
+def as_bytes(ids: Iterable[UUID]) -> NDArray[Any]:
+    """Ids as (m,) of 16 bytes."""
+    return np.array([version.bytes for version in ids], dtype="V16")
+
+
 def _with_newest(snapshot: Snapshot, touched: NDArray[Any]) -> Snapshot:
     """The snapshot with `newest` made true again for the touched vectors."""
     numbers, alive = snapshot.records["number"], snapshot.alive
@@ -212,4 +224,4 @@ def _with_newest(snapshot: Snapshot, touched: NDArray[Any]) -> Snapshot:
         last = np.ones(len(rows), dtype=bool)  # of its vector, in this order
         last[:-1] = (np.diff(first[order]) != 0) | (np.diff(second[order]) != 0)
         newest[rows[order[last]]] = True
-    return Snapshot(snapshot.matrix, snapshot.records, alive, newest)
+    return replace(snapshot, newest=newest)

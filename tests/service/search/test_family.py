@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 import numpy as np
 import pytest
 
-from tpv_service.search.family import RECORD, Family
+from tpv_service.search.family import RECORD, Family, as_bytes
 
 WIDTH = 5
 SOURCE = "a database"
@@ -59,12 +59,21 @@ def test_rows_are_found_by_the_ids_of_their_versions(family: Family) -> None:
     add(family, records)
     wanted = [ids(records)[i] for i in (70, 3, 99)]
 
-    assert family.snapshot.rows_of([wanted[0], uuid4(), *wanted[1:]]).tolist() == [70, 3, 99]
-    assert family.snapshot.rows_of([]).tolist() == []
+    assert family.snapshot.rows_of(as_bytes([wanted[0], uuid4(), *wanted[1:]])).tolist() == [70, 3, 99]
+    assert family.snapshot.rows_of(as_bytes([])).tolist() == []
+
+
+def test_rows_are_found_whenever_they_came(family: Family) -> None:
+    added = [rows(n) for n in (40, 1, 1, 30, 2)]
+    for records in added:
+        add(family, records)
+        assert family.snapshot.rows_of(as_bytes(ids(family.snapshot.records))).tolist() == [
+            *range(len(family.snapshot))
+        ]
 
 
 def test_rows_of_an_empty_family(family: Family) -> None:
-    assert family.snapshot.rows_of([uuid4()]).tolist() == []
+    assert family.snapshot.rows_of(as_bytes([uuid4()])).tolist() == []
 
 
 @pytest.mark.parametrize("count", [3, 200], ids=["a few at a time", "many at a time"])

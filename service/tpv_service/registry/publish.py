@@ -148,7 +148,8 @@ def store_vectors(
             fingerprints,
             tuned,
             np.abs(tuned - (start + differences)).max(axis=(1, 2)).tolist(),
-            np.sqrt(np.vecdot(weights, weights)).tolist(),
+            # No product: BLAS would take threads for it, which then spin for longer than everything else here takes.
+            np.sqrt(np.square(weights, out=weights).sum(axis=1)).tolist(),
             differences.mean(axis=1, dtype=np.float64).astype(np.float32),
             strict=True,
         )

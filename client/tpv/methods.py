@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tpv.grouping import Strategy
+
 
 class Options(BaseModel):
     """Options of a method: unknown names are refused, values never change after validation."""
@@ -39,27 +41,67 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingOptions(Options):
-    """What every tuned soft prompt needs; the defaults are the few-shot setting of the DTVG paper (C.2, C.3, C.7)."""
+    """What every training needs; the defaults are the few-shot setting of the DTVG paper (C.2, C.3, C.7)."""
 
-    steps: int = Field(1000, ge=1, description="Optimizer steps at most.")
-    batch_size: int = Field(32, ge=1, description="Rows a step.")
+    steps: int = Field(1000, ge=1, description="Optimizer steps at most (C.3).")
+    batch_size: int = Field(32, ge=1, description="Rows a step (C).")
+    accumulation: int = Field(1, ge=1, description="Parts that a batch is computed in, one after the other (C).")
     learning_rate: float = Field(0.3, gt=0, description="Rate of the prompt's own parameters (C.7).")
     weight_decay: float = Field(1e-5, ge=0, description="AdamW weight decay (C.2).")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon.")
-    schedule: Literal["constant", "linear"] = Field("linear", description="Learning rate after the warm-up (C.2).")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="Learning rate after the warm-up: constant, or down to zero at the last step (C.2)."
+    )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     clip_norm: float | None = Field(None, gt=0, description="Gradient norm is clipped to this; none: not at all.")
     evaluate_every: int = Field(50, ge=1, description="Steps between two validations (C.3); the best one is kept.")
     evaluate_rows: int | None = Field(None, ge=1, description="First rows of validation used to pick the best step.")
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many validations without a better one; none: never."
+    )
     stop_below: float | None = Field(None, ge=0, description="Stop when the running training loss is below this.")
     max_source_tokens: int = Field(256, ge=1, description="Tokens of the source that are kept (C).")
     max_target_tokens: int = Field(16, ge=1, description="Tokens a target may have; a longer one is an error.")
     separator: str = Field("\n", description="Decoder-only models: the text between source and target.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the frozen model; auto: bfloat16 where the device computes it natively, else float32."
+    )
+    compile: bool = Field(False, description="Compile the model (torch.compile): a slow first step, faster later ones.")
 
 
 class PromptTuningOptions(TrainingOptions):
     """Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning."""
+
+
+class SpotOptions(TrainingOptions):
+    """Vu et al. 2022, SPoT: Better Frozen Model Adaptation through Soft Prompt Transfer."""
+
+    metric: Literal["cosine-prompt", "cosine", "cosine-flat", "dot"] = Field(
+        "cosine-prompt",
+        description="How the most similar source is found: SPoT compares pooled soft prompts, Table 1 of the DTVG "
+        "paper pooled vectors (`dot`).",
+    )
+
+
+class SpotMultitaskOptions(TrainingOptions):
+    """Vu et al. 2022: one soft prompt, tuned on a mixture of tasks in proportion to their numbers of examples."""
+
+    mixing_limit: int = Field(
+        2**19, ge=1, description="A task counts as if it had at most so many rows (Raffel et al. 2020, 3.5.2)."
+    )
+
+
+class TpvSumOptions(TrainingOptions):
+    """Belanec et al. 2024, Task Prompt Vectors: P_init + scale * the sum of the sources' vectors, then tuned."""
+
+    steps: int = Field(1000, ge=0, description="Optimizer steps at most; 0: zero-shot.")
+    scales: list[float] = Field(
+        [1.0],
+        min_length=1,
+        max_length=100,
+        description="Scales to choose from on the validation rows, the first one on ties; one: taken as it is.",
+    )
 
 
 class DtvgOptions(TrainingOptions):
@@ -69,18 +111,85 @@ class DtvgOptions(TrainingOptions):
     target_scale_learning_rate: float | None = Field(
         None, gt=0, description="Rate of the target's scaling term; none: learning_rate, as in C.7."
     )
-    strategy: Literal["greedy"] = Field("greedy", description="Grouping strategy (Algorithm 2).")
+    strategy: Strategy = Field(
+        "greedy", description="Grouping strategy: greedy is Algorithm 2, prefix what the authors' released code runs."
+    )
+    trade_off: float | None = Field(None, ge=0, description="exact: lambda of Eq. 5; none: 1.")
+    max_size: int | None = Field(None, ge=1, description="Largest group.")
+    min_similarity: float | None = Field(None, description="Least similarity of a source; none: the strategy's rule.")
     regroup_every: int = Field(1, ge=1, description="Steps between two groupings; the paper groups at every step.")
+    grouping: Literal["dynamic", "fixed-group", "only-target"] = Field(
+        "dynamic", description="The paper's ablations (4.3): the first group for good, or no sources at all."
+    )
+    center: bool = Field(
+        False, description="Ours: the mean pooled vector of a reference pool is subtracted before Eq. 2."
+    )
+
+    @model_validator(mode="after")
+    def _trade_off(self) -> Self:
+        if self.trade_off is not None and self.strategy != "exact":
+            raise ValueError(f"trade_off belongs to the strategy exact; {self.strategy} takes none")
+        return self
+
+
+class AttemptOptions(TrainingOptions):
+    """Asai et al. 2022, ATTEMPT: Parameter-Efficient Multi-task Tuning via Attentional Mixtures of Soft Prompts."""
+
+    bottleneck: int = Field(100, ge=1, description="Width of the attention's projection.")
+    temperature: float | None = Field(None, gt=0, description="Of the attention; none: the model's width times e.")
+    attention_learning_rate: float | None = Field(None, gt=0, description="Of the attention; none: learning_rate.")
+    mixing_limit: int = Field(2**19, ge=1, description="Several tasks: one counts as if it had at most so many rows.")
+
+
+class MptOptions(TrainingOptions):
+    """Wang et al. 2023, Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning."""
+
+    source_steps: int = Field(1000, ge=0, description="Steps on the sources' data, in which the shared prompt is made.")
+    distillation: float = Field(0.9, ge=0, description="Weight of the distillation from the sources' own prompts.")
+    task_learning_rate: float = Field(0.4, gt=0, description="Rate of the tasks' own vectors u and v.")
+    mixing_limit: int = Field(2**19, ge=1, description="A source task counts as if it had at most so many rows.")
+
+
+class DeptOptions(TrainingOptions):
+    """Shi and Lipani 2024, DePT: Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning."""
+
+    prompt_tokens: int = Field(40, ge=1, description="Rows of the short prompt, m of the paper.")
+    rank: int = Field(45, ge=1, description="Of the update A B of the input embeddings.")
+    update_learning_rate: float = Field(5e-4, gt=0, description="Rate of A and B.")
+
+
+class LoraOptions(TrainingOptions):
+    """Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models; through the library PEFT."""
+
+    learning_rate: float = Field(2e-4, gt=0, description="Rate of the low-rank matrices.")
+    rank: int = Field(8, ge=1, description="Of each update.")
+    alpha: float = Field(16, gt=0, description="An update counts alpha / rank.")
+    modules: list[str] | None = Field(None, description="Names of the updated modules; none: PEFT's for the model.")
+
+
+class FullOptions(TrainingOptions):
+    """All weights of the model are trained: what parameter-efficient methods are compared with."""
+
+    learning_rate: float = Field(3e-5, gt=0, description="Rate of all weights.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One entry of the list: what a job of this method takes and gives."""
+    """One entry of the list: what a job of this method takes and gives.
+
+    All but `initialize` take `initialization` (or the sources', which is the same) and `dataset`.
+    """
 
     name: str
     options: type[Options]
-    result: Literal["initialization", "vector"]
-    transfers: bool = False  #: needs a target vector and source vectors
+    #: `vector`: one T of the initialization. `artifact`: tensors of the method's own, which compare with nothing.
+    #: `metrics`: evaluations only.
+    result: Literal["initialization", "vector", "artifact", "metrics"]
+    target: bool = False  #: starts from the target's own vector, which is tuned first if there is none
+    sources: bool = False  #: reads the vectors of source tasks
+    #: Further data sets of a job: `together`: tasks that are trained at the same time (as many as wanted);
+    #: `sources`: one for each source, in their order.
+    datasets: Literal["together", "sources"] | None = None
 
 
 METHODS: Mapping[str, Method] = {
@@ -88,7 +197,15 @@ METHODS: Mapping[str, Method] = {
     for method in (
         Method(name="initialize", options=InitializeOptions, result="initialization"),
         Method(name="prompt-tuning", options=PromptTuningOptions, result="vector"),
-        Method(name="dtvg", options=DtvgOptions, result="vector", transfers=True),
+        Method(name="spot", options=SpotOptions, result="vector", target=True, sources=True),
+        Method(name="spot-multitask", options=SpotMultitaskOptions, result="vector", datasets="together"),
+        Method(name="tpv-sum", options=TpvSumOptions, result="vector", sources=True),
+        Method(name="dtvg", options=DtvgOptions, result="vector", target=True, sources=True),
+        Method(name="attempt", options=AttemptOptions, result="artifact", sources=True, datasets="together"),
+        Method(name="mpt", options=MptOptions, result="vector", sources=True, datasets="sources"),
+        Method(name="dept", options=DeptOptions, result="artifact"),
+        Method(name="lora", options=LoraOptions, result="artifact"),
+        Method(name="full", options=FullOptions, result="metrics"),
     )
 }
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from tpv.files import fingerprint
 from tpv.methods import TrainingOptions
-from tpv_worker.backbone import Backbone, model_digest
-from tpv_worker.data import Row
+from tpv_worker.backbone import Backbone, Prompt, Reading, model_digest
+from tpv_worker.data import Example, Row
 from tpv_worker.errors import DataError, ModelError, OptionsError
 from tpv_worker.evaluation import evaluate
 
@@ -205,3 +205,47 @@ def test_damaged_or_missing_weights_are_refused(model_paths: dict[str, Path], tm
     (model / "model.safetensors").write_bytes(content[:-100])
     with pytest.raises(ModelError, match="cannot load the model"):
         Backbone.load(model)
+
+
+@torch.no_grad()
+def test_a_prompt_may_be_a_function_of_what_is_read(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    examples = backbone.tokenize(rows[:9], OPTIONS, len(prompt), task=5)
+    labels = [backbone.target_tokens(word) for word in LABELS]
+    seen: list[Reading] = []
+
+    def first_word(reading: Reading) -> tuple[Tensor, Tensor]:
+        """The soft prompt, with the first token of the source moved to its end; in its place a token of zeros."""
+        seen.append(reading)
+        first = reading.embeddings[:, :1]
+        rest = torch.cat([torch.zeros_like(first), reading.embeddings[:, 1:]], dim=1)
+        return torch.cat([prompt.expand(len(first), -1, -1), first], dim=1), rest
+
+    def apart(example: Example) -> Prompt:
+        first, *rest = backbone.embeddings[example.source]
+        return lambda reading: (torch.cat([prompt, first[None]]), torch.stack([0 * first, *rest])[None])
+
+    assert backbone.num_virtual_tokens(first_word) == len(prompt) + 1
+    del seen[:]
+    alone = [apart(example) for example in examples]
+    expected = torch.stack([backbone.loss(p, [e]) for p, e in zip(alone, examples, strict=True)]).mean()
+    torch.testing.assert_close(backbone.loss(first_word, examples), expected)
+    scores = torch.cat([backbone.label_scores(p, [e], labels) for p, e in zip(alone, examples, strict=True)])
+    torch.testing.assert_close(backbone.label_scores(first_word, examples, labels), scores, rtol=1e-4, atol=1e-5)
+    texts = [backbone.generate(p, [e], 4)[0] for p, e in zip(alone, examples, strict=True)]
+    assert backbone.generate(first_word, examples, 4) == texts
+
+    for reading in seen:
+        assert reading.tasks.tolist() == [5] * 9
+        assert reading.mask.sum(dim=1).tolist() == [len(example.source) for example in examples]
+        for row, mask, example in zip(reading.embeddings, reading.mask, examples, strict=True):
+            assert torch.equal(row[mask], backbone.embeddings[example.source]), "a source without its target"
+            assert mask[: len(example.source)].all(), "padding is on the right"
+
+
+@torch.no_grad()
+def test_a_prompt_may_have_no_rows(backbone: Backbone, rows: list[Row]) -> None:
+    nothing = torch.zeros(0, backbone.token_dim)
+    examples = backbone.tokenize(rows, OPTIONS, 0)
+    first = backbone.embeddings[[example.source[0] for example in examples]][:, None]
+    shorter = [example._replace(source=example.source[1:]) for example in examples]
+    torch.testing.assert_close(backbone.loss(nothing, examples), backbone.loss(first, shorter))

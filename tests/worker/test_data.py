@@ -89,3 +89,17 @@ def test_a_batch_holds_rows_of_about_equal_length() -> None:
         max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in islice(batches(lengths, 8, 0), 500)
     ]
     assert sum(spread) / len(spread) < 10
+
+
+def test_tasks_are_mixed_in_proportion_to_their_rows() -> None:
+    order = islice(batches([1] * 40, 4, 0, sizes=[30, 10]), 100)
+    assert Counter(i >= 30 for batch in order for i in batch) == {False: 300, True: 100}
+
+
+def test_a_task_over_the_limit_counts_as_much_as_the_limit() -> None:
+    epochs = [list(islice(batches([1] * 40, 4, 0, sizes=[30, 10], limit=10), 5 * n)) for n in (1, 20)]
+    counts = Counter(i for batch in epochs[1] for i in batch)
+    assert sum(count for i, count in counts.items() if i < 30) == 200
+    assert [counts[i] for i in range(30, 40)] == [20] * 10
+    assert len(counts) == 40, "each epoch draws other rows of the large task"
+    assert len({i for batch in epochs[0] for i in batch}) == 20, "an epoch has no row twice"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,46 +11,50 @@ import torch
 from torch import Tensor
 
 from tpv.files import fingerprint
-from tpv.methods import DtvgOptions, PromptTuningOptions, TrainingOptions
-from tpv_worker.backbone import Backbone
-from tpv_worker.data import Row
+from tpv.methods import DtvgOptions, PromptTuningOptions, TpvSumOptions, TrainingOptions
+from tpv_worker.backbone import Backbone, Prompt, Reading
+from tpv_worker.data import Example, Row, Task
 from tpv_worker.errors import DataError, TrainingDiverged
 from tpv_worker.evaluation import evaluate
-from tpv_worker.methods import Dtvg, PromptTuning, TuningMethod
+from tpv_worker.methods import Dtvg, Given, PromptTuning, Snapshot, TuningMethod
 from tpv_worker.training import LOG_EVERY, TrainingResult, rate, train
 
 OPTIONS: dict[str, Any] = {"steps": 30, "batch_size": 8, "learning_rate": 0.1, "evaluate_every": 10, "separator": "|"}
 
 
-def prompt_tuning(initialization: Tensor, **options: Any) -> PromptTuning:
-    return PromptTuning(PromptTuningOptions(**{**OPTIONS, **options}), initialization)
+Make = Callable[..., PromptTuning | Dtvg]
 
 
-def dtvg(initialization: Tensor, **options: Any) -> Dtvg:
-    vectors = 0.3 * torch.randn(4, *initialization.shape, generator=torch.Generator().manual_seed(3))
-    return Dtvg(
-        DtvgOptions(**{**OPTIONS, "source_scale_learning_rate": 0.1, **options}),
-        initialization,
-        target=vectors[0],
-        sources=vectors[1:],
-    )
+def prompt_tuning(backbone: Backbone, initialization: Tensor, **options: Any) -> PromptTuning:
+    given = Given(backbone=backbone, initialization=initialization)
+    return PromptTuning(PromptTuningOptions(**{**OPTIONS, **options}), given)
+
+
+def dtvg(backbone: Backbone, initialization: Tensor, **options: Any) -> Dtvg:
+    target, *sources = 0.3 * torch.randn(4, *initialization.shape, generator=torch.Generator().manual_seed(3))
+    given = Given(backbone=backbone, initialization=initialization, target=target, sources=torch.stack(sources))
+    return Dtvg(DtvgOptions(**{**OPTIONS, "source_scale_learning_rate": 0.1, **options}), given)
 
 
 def run(
     backbone: Backbone, method: PromptTuning | Dtvg, rows: list[Row], validation: list[Row], seed: int = 0, **more: Any
 ) -> TrainingResult:
-    return train(
-        backbone, method, rows, validation, label_words=("yes", "no"), options=method.options, seed=seed, **more
-    )
+    task = Task(train=rows, validation=validation, label_words=("yes", "no"))
+    return train(backbone, method, [task], options=method.options, seed=seed, **more)
+
+
+def prompt_of(result: TrainingResult) -> Tensor:
+    assert isinstance(result.snapshot.prompt, Tensor)
+    return result.snapshot.prompt
 
 
 @pytest.mark.parametrize("make", [prompt_tuning, dtvg])
 def test_the_loss_falls_and_the_frozen_weights_stay(
-    backbone: Backbone, prompt: Tensor, rows: list[Row], make: Callable[..., PromptTuning | Dtvg]
+    backbone: Backbone, prompt: Tensor, rows: list[Row], make: Make
 ) -> None:
     weights = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
     losses: list[float] = []
-    method = make(prompt, steps=60, learning_rate=0.5, schedule="constant")
+    method = make(backbone, prompt, steps=60, learning_rate=0.5, schedule="constant")
     result = run(backbone, method, rows, rows, report=lambda event: losses.append(event.get("loss", np.nan)))
     losses = [loss for loss in losses if not np.isnan(loss)]
     assert losses[-1] < 0.9 * losses[0]
@@ -60,29 +66,29 @@ def test_the_loss_falls_and_the_frozen_weights_stay(
 
 
 @pytest.mark.parametrize("make", [prompt_tuning, dtvg])
-def test_the_same_seed_gives_the_same_bytes(
-    backbone: Backbone, prompt: Tensor, rows: list[Row], make: Callable[..., PromptTuning | Dtvg]
-) -> None:
-    first, second, other = (run(backbone, make(prompt), rows, [], seed) for seed in (5, 5, 6))
-    assert fingerprint(first.prompt.numpy()) == fingerprint(second.prompt.numpy())
-    assert fingerprint(first.prompt.numpy()) != fingerprint(other.prompt.numpy())
-    assert first.tensors.keys() == second.tensors.keys()
-    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+def test_the_same_seed_gives_the_same_bytes(backbone: Backbone, prompt: Tensor, rows: list[Row], make: Make) -> None:
+    first, second, other = (run(backbone, make(backbone, prompt), rows, [], seed) for seed in (5, 5, 6))
+    assert fingerprint(prompt_of(first).numpy()) == fingerprint(prompt_of(second).numpy())
+    assert fingerprint(prompt_of(first).numpy()) != fingerprint(prompt_of(other).numpy())
+    assert first.snapshot.tensors.keys() == second.snapshot.tensors.keys()
+    assert all(
+        torch.equal(first.snapshot.tensors[name], second.snapshot.tensors[name]) for name in first.snapshot.tensors
+    )
     assert first.groups == second.groups
 
 
 def test_the_global_random_state_is_left_alone(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
     torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    run(backbone, dtvg(prompt), rows, rows)
+    run(backbone, dtvg(backbone, prompt), rows, rows)
     assert torch.equal(torch_before, torch.get_rng_state())
     assert (numpy_before == np.random.get_state()[1]).all()
 
 
 @pytest.mark.parametrize("make", [prompt_tuning, dtvg])
 def test_the_best_step_is_kept_the_first_on_ties(
-    backbone: Backbone, prompt: Tensor, rows: list[Row], make: Callable[..., PromptTuning | Dtvg]
+    backbone: Backbone, prompt: Tensor, rows: list[Row], make: Make
 ) -> None:
-    method = make(prompt, steps=33, evaluate_every=3, schedule="constant")
+    method = make(backbone, prompt, steps=33, evaluate_every=3, schedule="constant")
     result = run(backbone, method, rows, rows[:10])
     steps, values = zip(*result.validations, strict=True)
     assert steps == (*range(3, 33, 3), 33)
@@ -90,27 +96,29 @@ def test_the_best_step_is_kept_the_first_on_ties(
     assert result.best_step == steps[values.index(max(values))]
     assert result.steps == 33
     examples = backbone.tokenize(rows[:10], method.options, len(prompt))
-    again = evaluate(backbone, result.prompt, examples, label_words=("yes", "no"), options=method.options)
+    again = evaluate(backbone, prompt_of(result), examples, label_words=("yes", "no"), options=method.options)
     assert again.value == result.best_value
-    shorter = run(backbone, make(prompt, schedule="constant", steps=result.best_step), rows, [])
-    assert torch.equal(shorter.prompt, result.prompt), "no later step may have changed it"
+    shorter = run(backbone, make(backbone, prompt, schedule="constant", steps=result.best_step), rows, [])
+    assert torch.equal(prompt_of(shorter), prompt_of(result)), "no later step may have changed it"
 
 
 def test_without_validation_rows_the_last_step_is_kept(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
-    method = prompt_tuning(prompt)
+    method = prompt_tuning(backbone, prompt)
     result = run(backbone, method, rows, [])
     assert (result.best_step, result.best_value, result.validations) == (30, None, [])
-    assert torch.equal(result.prompt, method.P.detach())
+    assert torch.equal(prompt_of(result), method.P.detach())
 
 
 def test_validation_looks_at_the_first_rows_only(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
-    result = run(backbone, prompt_tuning(prompt, evaluate_rows=1), rows, rows)
+    result = run(backbone, prompt_tuning(backbone, prompt, evaluate_rows=1), rows, rows)
     assert {value for _, value in result.validations} <= {0.0, 1.0}
 
 
 def test_training_stops_when_the_running_loss_is_low(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
     events: list[dict[str, Any]] = []
-    result = run(backbone, prompt_tuning(prompt, stop_below=100, evaluate_every=50), rows, rows, report=events.append)
+    result = run(
+        backbone, prompt_tuning(backbone, prompt, stop_below=100, evaluate_every=50), rows, rows, report=events.append
+    )
     assert result.steps == LOG_EVERY
     assert result.validations[-1][0] == result.best_step == LOG_EVERY
     assert [event["type"] for event in events] == ["progress", "evaluation"]
@@ -126,13 +134,14 @@ def test_the_first_step_with_a_loss_that_is_no_number_is_named(
             self.calls += 1
             return self.P * torch.nan if self.calls == 7 else self.P
 
+    method = Breaks(PromptTuningOptions(**OPTIONS), Given(backbone=backbone, initialization=prompt))
     with pytest.raises(TrainingDiverged, match="the loss is no finite number at step 7") as raised:
-        run(backbone, Breaks(PromptTuningOptions(**OPTIONS), prompt), rows, [])
+        run(backbone, method, rows, [])
     assert (raised.value.reason, raised.value.step) == ("nan-loss", 7)
 
 
 def test_a_prompt_that_is_no_number_is_never_a_result(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
-    method = prompt_tuning(prompt, steps=1, learning_rate=1e37)
+    method = prompt_tuning(backbone, prompt, steps=1, learning_rate=1e37)
     method.P.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(TrainingDiverged, match="the soft prompt is no finite number at step 1"):
         run(backbone, method, rows, [])
@@ -140,7 +149,7 @@ def test_a_prompt_that_is_no_number_is_never_a_result(backbone: Backbone, prompt
 
 def test_events_tell_the_run_in_order(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
     events: list[dict[str, Any]] = []
-    result = run(backbone, dtvg(prompt, steps=12, evaluate_every=5), rows, rows, report=events.append)
+    result = run(backbone, dtvg(backbone, prompt, steps=12, evaluate_every=5), rows, rows, report=events.append)
     assert [event["step"] for event in events] == sorted(event["step"] for event in events)
     assert [event["step"] for event in events if event["type"] == "progress"] == [5, 10, 12]
     assert [(e["step"], e["value"]) for e in events if e["type"] == "evaluation"] == result.validations
@@ -155,15 +164,15 @@ def test_what_report_raises_ends_the_run(backbone: Backbone, prompt: Tensor, row
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(backbone, prompt_tuning(prompt), rows, rows, report=cancel)
+        run(backbone, prompt_tuning(backbone, prompt), rows, rows, report=cancel)
 
 
 def test_bad_rows_are_found_before_the_first_step(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
-    method: TuningMethod = prompt_tuning(prompt)
+    method = prompt_tuning(backbone, prompt)
     long = [Row("w1", " ".join(["w2"] * 17))]
     for train_rows, validation_rows in (([], rows), (long, rows), (rows, long)):
         with pytest.raises(DataError):
-            run(backbone, method, train_rows, validation_rows)  # type: ignore[arg-type]
+            run(backbone, method, train_rows, validation_rows)
     assert torch.equal(method.snapshot().prompt, prompt)
 
 
@@ -179,5 +188,92 @@ def test_schedules() -> None:
 def test_a_clipped_gradient_has_the_norm_asked_for(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
     """AdamW hides a gradient's scale unless epsilon is large: then the first step is rate * gradient / epsilon."""
     options = {"steps": 1, "learning_rate": 1.0, "adam_epsilon": 1e3, "weight_decay": 0.0, "clip_norm": 1e-2}
-    result = run(backbone, prompt_tuning(prompt, **options), rows, [])
-    assert float((result.prompt - prompt).norm()) == pytest.approx(1e-2 / 1e3, rel=0.01)
+    result = run(backbone, prompt_tuning(backbone, prompt, **options), rows, [])
+    assert float((prompt_of(result) - prompt).norm()) == pytest.approx(1e-2 / 1e3, rel=0.01)
+
+
+def test_several_tasks_are_trained_and_judged_together(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    seen: Counter[int] = Counter()
+
+    class Counts(PromptTuning):
+        def loss(self, backbone: Backbone, batch: Sequence[Example]) -> Tensor:
+            seen.update(example.task for example in batch)
+            return super().loss(backbone, batch)
+
+    other = [Row(source, "w7") for source, _ in rows[:8]]
+    tasks = [
+        Task(train=rows, validation=rows, label_words=("yes", "no")),
+        Task(train=other, validation=other[:4], label_words=("w7", "w8")),
+        Task(train=rows[:8], label_words=("yes", "no")),
+    ]
+    method = Counts(PromptTuningOptions(**OPTIONS), Given(backbone=backbone, initialization=prompt, tasks=3))
+    result = train(backbone, method, tasks, options=method.options, seed=0)
+    assert seen == {0: 24 * 6, 1: 8 * 6, 2: 8 * 6}  # 30 batches of 8 are six epochs of 40 rows
+    alone = [
+        evaluate(
+            backbone,
+            prompt_of(result),
+            backbone.tokenize(task.validation, method.options, len(prompt)),
+            label_words=task.label_words,
+            options=method.options,
+        ).value
+        for task in tasks[:2]
+    ]
+    assert result.best_value == sum(alone) / 2
+
+
+def test_no_steps_give_the_method_as_it_was_prepared(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    class Prepared(PromptTuning):
+        def prepare(self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Any) -> None:
+            with torch.no_grad():
+                self.P += len(tasks) + len(source_tasks)
+
+    task = Task(train=rows, validation=rows, label_words=("yes", "no"))
+    options = TpvSumOptions(steps=0, separator="|")
+    method = Prepared(PromptTuningOptions(), Given(backbone=backbone, initialization=prompt))
+    result = train(backbone, method, [task], [task, task], options=options, seed=0)
+    assert torch.equal(prompt_of(result), prompt + 3)
+    assert (result.steps, result.best_step, result.loss) == (0, 0, None)
+    assert result.validations == [(0, result.best_value)]
+
+
+class Scales(TuningMethod):
+    """Gives each row a prompt of its own, longer the larger its embeddings, and sees the embeddings doubled."""
+
+    artifact = True
+
+    def __init__(self, options: TrainingOptions, given: Given) -> None:
+        super().__init__()
+        self.P = torch.nn.Parameter(given.initialization.clone())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [self.P], "lr": 0.1, "weight_decay": 0.0}]
+
+    def prompt(self) -> Prompt:
+        return partial(self.read, self.P)
+
+    @staticmethod
+    def read(P: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+        largest = reading.embeddings.masked_fill(~reading.mask[..., None], -torch.inf).amax(dim=1)
+        return P * largest[:, None], 2 * reading.embeddings
+
+    def snapshot(self) -> Snapshot:
+        P = self.P.detach().clone()
+        return Snapshot(prompt=partial(self.read, P), tensors={"P": P})
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.P.data = tensors["P"].clone()
+
+
+def test_a_method_whose_prompt_is_a_function_is_left_as_it_was_at_its_best_step(
+    backbone: Backbone, prompt: Tensor, rows: list[Row]
+) -> None:
+    method = Scales(options := TrainingOptions(**OPTIONS), Given(backbone=backbone, initialization=prompt))
+    task = Task(train=rows, validation=rows[:10], label_words=("yes", "no"))
+    result = train(backbone, method, [task], options=options, seed=0)
+    assert callable(result.snapshot.prompt)
+    assert torch.equal(method.P, result.snapshot.tensors["P"])
+    assert not torch.equal(method.P, prompt)
+    examples = backbone.tokenize(rows[:10], options, len(prompt))
+    again = evaluate(backbone, method.snapshot().prompt, examples, label_words=("yes", "no"), options=options)
+    assert again.value == result.best_value

@@ -23,7 +23,8 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -48,8 +49,22 @@ from tpv_worker.errors import DataError, ModelError, OptionsError
 IGNORED = -100  #: label of positions that no loss is taken on; cross_entropy's default
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The sources of a batch as the model's input embeddings, padded on the right."""
+
+    embeddings: Tensor  #: (batch, length, d)
+    mask: Tensor  #: (batch, length), bool, True where a token is
+    tasks: Tensor  #: (batch,), each row's place among the tasks that are trained together
+
+
+#: A soft prompt, (r, d) or one for each row (batch, r, d), float32; r may be 0. Or a function of what is read, which
+#: gives such a soft prompt and the embeddings (batch, length, d) to be read in the place of the sources' own.
+Prompt = Tensor | Callable[[Reading], tuple[Tensor, Tensor]]
+
+
 class Backbone(ABC):
-    """A frozen model and its tokenizer. `prompt` is a soft prompt (r, d) or one for each row (batch, r, d), float32."""
+    """A frozen model that reads a `Prompt` in front of its sources, and its tokenizer."""
 
     kind: ClassVar[Literal["encoder-decoder", "decoder-only"]]
 
@@ -104,8 +119,21 @@ class Backbone(ABC):
         """`sha256:...` of the float32 input embeddings: their fingerprint."""
         return fingerprint(self.embeddings.float().cpu().numpy())
 
-    def tokenize(self, rows: Sequence[Row], options: TrainingOptions, num_virtual_tokens: int) -> list[Example]:
-        """The rows as token ids; sources are cut to `max_source_tokens`.
+    def num_virtual_tokens(self, prompt: Prompt) -> int:
+        """Rows r of a prompt; a function is tried on one token of zeros."""
+        if callable(prompt):
+            token = torch.zeros(1, 1, self.token_dim, device=self.device)
+            nothing = Reading(
+                token, torch.ones(1, 1, dtype=torch.bool, device=self.device), torch.zeros_like(token[0, :, 0]).long()
+            )
+            with torch.no_grad():
+                prompt, _ = prompt(nothing)
+        return prompt.shape[-2]
+
+    def tokenize(
+        self, rows: Sequence[Row], options: TrainingOptions, num_virtual_tokens: int, task: int = 0
+    ) -> list[Example]:
+        """The rows of a task as token ids; sources are cut to `max_source_tokens`.
 
         Raises DataError for a target of more than `max_target_tokens` tokens, OptionsError when soft prompt, the
         longest source and the longest allowed target do not fit the model's context together.
@@ -123,7 +151,7 @@ class Backbone(ABC):
                     f"max_target_tokens is {options.max_target_tokens}"
                 )
         examples = [
-            Example(source + separator, targets[row.target], row.target)
+            Example(source + separator, targets[row.target], row.target, task)
             for row, source in zip(rows, sources, strict=True)
         ]
         # T5's positions are relative and without a limit: it has no such number.
@@ -147,18 +175,18 @@ class Backbone(ABC):
         return [*tokens, self.end_token]
 
     @abstractmethod
-    def loss(self, prompt: Tensor, batch: Sequence[Example]) -> Tensor:
-        """Mean cross entropy, in nats, over all tokens of the batch's targets; a scalar, differentiable by `prompt`."""
+    def loss(self, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
+        """Mean cross entropy, in nats, over all tokens of the batch's targets: a scalar, differentiable."""
 
     @abstractmethod
-    def label_scores(self, prompt: Tensor, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
+    def label_scores(self, prompt: Prompt, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
         """Log-probability, in nats, that the model writes exactly this label: (batch, n_labels), float32.
 
         `label_tokens` are the labels' `target_tokens`.
         """
 
     @abstractmethod
-    def generate(self, prompt: Tensor, batch: Sequence[Example], max_new_tokens: int) -> list[str]:
+    def generate(self, prompt: Prompt, batch: Sequence[Example], max_new_tokens: int) -> list[str]:
         """The text that greedy decoding writes for each source, special tokens left out."""
 
     def _separator(self, options: TrainingOptions) -> list[int]:
@@ -167,6 +195,18 @@ class Backbone(ABC):
     def _decode(self, tokens: Tensor) -> list[str]:
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return texts
+
+    def _read(self, prompt: Prompt, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """[prompt][source][padding] as embeddings (batch, r + length, d) in the model's dtype, and the mask of it."""
+        ids, lengths = self._padded([example.source for example in batch], 0, "right")
+        mask = torch.arange(ids.shape[1], device=self.device) < lengths
+        embeddings: Tensor = self.model.get_input_embeddings()(ids)
+        dtype = embeddings.dtype
+        if callable(prompt):
+            tasks = torch.tensor([example.task for example in batch]).to(self.device, non_blocking=True)
+            prompt, embeddings = prompt(Reading(embeddings, mask, tasks))
+        read = torch.cat([prompt.to(dtype).expand(len(batch), -1, -1), embeddings.to(dtype)], dim=1)
+        return read, pad(mask, (prompt.shape[-2], 0), value=True)
 
     def _padded(self, rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
         """Rows of ids as one tensor (batch, length), and their lengths (batch, 1)."""
@@ -181,12 +221,12 @@ class EncoderDecoder(Backbone):
 
     kind = "encoder-decoder"
 
-    def loss(self, prompt: Tensor, batch: Sequence[Example]) -> Tensor:
+    def loss(self, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
         labels, _ = self._padded([example.target for example in batch], IGNORED, "right")
         logits = self._decoded(labels, **self._inputs(prompt, batch))
         return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
-    def label_scores(self, prompt: Tensor, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
+    def label_scores(self, prompt: Prompt, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
         inputs = self._inputs(prompt, batch)
         encoded = self.model.get_encoder()(**inputs)
         scores = []
@@ -196,7 +236,7 @@ class EncoderDecoder(Backbone):
             scores.append(_log_probability(logits, label))
         return torch.stack(scores, dim=1)
 
-    def generate(self, prompt: Tensor, batch: Sequence[Example], max_new_tokens: int) -> list[str]:
+    def generate(self, prompt: Prompt, batch: Sequence[Example], max_new_tokens: int) -> list[str]:
         inputs = self._inputs(prompt, batch)
         return self._decode(self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1))
 
@@ -206,14 +246,9 @@ class EncoderDecoder(Backbone):
         logits: Tensor = self.model(decoder_input_ids=shifted, use_cache=False, **encoder).logits
         return logits
 
-    def _inputs(self, prompt: Tensor, batch: Sequence[Example]) -> dict[str, Tensor]:
-        """[prompt][source][padding] as embeddings, and its mask."""
-        ids, lengths = self._padded([example.source for example in batch], 0, "right")
-        tokens = self.model.get_input_embeddings()(ids)  # (batch, length, d)
-        rows = prompt.shape[-2]
-        embeds = torch.cat([prompt.to(tokens).expand(len(batch), -1, -1), tokens], dim=1)
-        places = torch.arange(embeds.shape[1], device=self.device)
-        return {"inputs_embeds": embeds, "attention_mask": (places < rows + lengths).long()}
+    def _inputs(self, prompt: Prompt, batch: Sequence[Example]) -> dict[str, Tensor]:
+        embeddings, mask = self._read(prompt, batch)
+        return {"inputs_embeds": embeddings, "attention_mask": mask.long()}
 
 
 class DecoderOnly(Backbone):
@@ -221,17 +256,17 @@ class DecoderOnly(Backbone):
 
     kind = "decoder-only"
 
-    def loss(self, prompt: Tensor, batch: Sequence[Example]) -> Tensor:
+    def loss(self, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
         labels, _ = self._padded([example.target for example in batch], IGNORED, "left")
         # The end token is predicted, never read; each position predicts the token after it, so the last len(target)
         # positions of a sequence are those with labels.
-        inputs = self._inputs(prompt, [example.source + example.target[:-1] for example in batch])
+        inputs = self._inputs(prompt, batch, [example.target[:-1] for example in batch])
         width = labels.shape[1]
         logits = self.model(**inputs, logits_to_keep=width, use_cache=False).logits[:, -width:]
         return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
-    def label_scores(self, prompt: Tensor, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
-        inputs = self._inputs(prompt, [example.source for example in batch])
+    def label_scores(self, prompt: Prompt, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
+        inputs = self._inputs(prompt, batch)
         read = self.model(**inputs, logits_to_keep=1, use_cache=True)
         scores = []
         for tokens in label_tokens:
@@ -248,8 +283,8 @@ class DecoderOnly(Backbone):
             scores.append(_log_probability(logits, label))
         return torch.stack(scores, dim=1)
 
-    def generate(self, prompt: Tensor, batch: Sequence[Example], max_new_tokens: int) -> list[str]:
-        inputs = self._inputs(prompt, [example.source for example in batch])
+    def generate(self, prompt: Prompt, batch: Sequence[Example], max_new_tokens: int) -> list[str]:
+        inputs = self._inputs(prompt, batch)
         del inputs["position_ids"]  # generate derives the same ones from the mask, and continues them
         return self._decode(
             self.model.generate(
@@ -261,20 +296,26 @@ class DecoderOnly(Backbone):
         tokens: list[int] = self.tokenizer(options.separator, add_special_tokens=False).input_ids
         return tokens
 
-    def _inputs(self, prompt: Tensor, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """[padding][prompt][sequence] as embeddings, its mask, and positions that count from the prompt's first row."""
-        ids, lengths = self._padded(sequences, 0, "left")
-        rows = prompt.shape[-2]
-        first = ids.shape[1] - lengths  # place of the prompt's first row, (batch, 1)
-        embeds = self.model.get_input_embeddings()(pad(ids, (rows, 0)))  # (batch, rows + length, d)
-        row = torch.arange(len(sequences), device=self.device)[:, None]
-        column = first + torch.arange(rows, device=self.device)  # (batch, rows)
-        embeds[row, column] = prompt.to(embeds).expand(len(sequences), -1, -1)
-        places = torch.arange(embeds.shape[1], device=self.device)
+    def _inputs(
+        self, prompt: Prompt, batch: Sequence[Example], written: Sequence[Sequence[int]] = ()
+    ) -> dict[str, Tensor]:
+        """[padding][prompt][source][written] as embeddings, its mask, and positions that count from the prompt."""
+        embeddings, mask = self._read(prompt, batch)
+        width = embeddings.shape[1]
+        if written:
+            ids, lengths = self._padded(written, 0, "right")
+            embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(ids)], dim=1)
+            mask = torch.cat([mask, torch.arange(ids.shape[1], device=self.device) < lengths], dim=1)
+            sources = max(len(example.source) for example in batch)
+            width += max(len(e.source) + len(w) for e, w in zip(batch, written, strict=True)) - sources
+        # All padding to the left, the rest in its old order; columns that are padding in every row are left out.
+        order = mask.int().argsort(dim=1, stable=True)[:, -width:]
+        mask = mask.gather(1, order)
+        embeddings = embeddings.gather(1, order[..., None].expand(-1, -1, embeddings.shape[2]))
         return {
-            "inputs_embeds": embeds,
-            "attention_mask": (places >= first).long(),
-            "position_ids": (places - first).clamp(min=0),
+            "inputs_embeds": embeddings,
+            "attention_mask": mask.long(),
+            "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
         }
 
 

@@ -27,6 +27,17 @@ class Example(NamedTuple):
     source: list[int]  #: everything between the soft prompt and the target
     target: list[int]  #: the target's tokens and the end token
     text: str  #: the target as text
+    task: int = 0  #: place of the row's task among those trained together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The rows of one task that a run trains on and judges itself by."""
+
+    train: Sequence[Row]
+    validation: Sequence[Row] = ()
+    label_words: tuple[str, ...] | None  #: all possible targets, if the task has a fixed list
+    metric: Literal["accuracy"] = "accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,24 +110,44 @@ def few_shot(rows: Sequence[Row], shots: int, shot_seed: int) -> list[Row]:
     return [rows[index] for index in sorted(index for indices in chosen for index in indices)]
 
 
-def batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+def batches(
+    lengths: Sequence[int], batch_size: int, seed: int, *, sizes: Sequence[int] | None = None, limit: int | None = None
+) -> Iterator[list[int]]:
     """Row indices of training batches, epoch after epoch for ever; the same seed gives the same order.
 
     Each epoch is a new shuffle, cut into pools of up to 50 batches; inside a pool rows of about equal length come
     together, so that little is padding, and the pool's batches are then shuffled. A small data set has small pools
     (at least four of them, or no sorting at all), because sorting all of it would make the same batches in every
     epoch. An epoch's last rows that fill no batch are left out of it, unless there are fewer rows than one batch.
+
+    Rows of several tasks stand one task after the other, `sizes` of them each, and are mixed in proportion to their
+    numbers; a task of more than `limit` rows has that many in an epoch, drawn anew for each (examples-proportional
+    mixing, section 3.5.2 of Raffel et al. 2020, https://arxiv.org/abs/1910.10683).
     """
     random = Generator(PCG64(seed))
-    pool = batch_size * min(50, max(1, len(lengths) // (4 * batch_size)))
-    count = max(1, len(lengths) // batch_size)
     while True:
-        order = random.permutation(len(lengths)).tolist()[: count * batch_size]
+        rows = _epoch(sizes or [len(lengths)], limit, random)
+        pool = batch_size * min(50, max(1, len(rows) // (4 * batch_size)))
+        count = max(1, len(rows) // batch_size)
+        order = [rows[i] for i in random.permutation(len(rows)).tolist()[: count * batch_size]]
         epoch = []
         for start in range(0, len(order), pool):
-            rows = order[start : start + pool]
+            members = order[start : start + pool]
             if pool > batch_size:
-                rows.sort(key=lambda row: -lengths[row])
-            epoch += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+                members.sort(key=lambda row: -lengths[row])
+            epoch += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
         for i in random.permutation(len(epoch)).tolist():
             yield epoch[i]
+
+
+def _epoch(sizes: Sequence[int], limit: int | None, random: Generator) -> list[int]:
+    """The rows of one epoch: all of them, but `limit` of a task that has more."""
+    rows: list[int] = []
+    first = 0
+    for size in sizes:
+        if limit is None or size <= limit:
+            rows += range(first, first + size)
+        else:
+            rows += (first + random.choice(size, limit, replace=False)).tolist()
+        first += size
+    return rows

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from tpv.methods import TrainingOptions
-from tpv_worker.backbone import Backbone
+from tpv_worker.backbone import Backbone, Prompt
 from tpv_worker.data import Example, Row
 
 
@@ -28,13 +27,13 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     backbone: Backbone,
-    prompt: Tensor,
+    prompt: Prompt,
     examples: Sequence[Example],
     *,
     label_words: Sequence[str] | None,
     options: TrainingOptions,
 ) -> Evaluation:
-    """Accuracy of a soft prompt (r, d) on tokenized rows.
+    """Accuracy of a prompt on tokenized rows.
 
     With label words the prediction is the most likely of them. Without, it is the text that greedy decoding writes,
     and it counts when it equals the target, both stripped of surrounding white space.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,30 +15,28 @@ from torch.nn.utils import clip_grad_norm_
 
 from tpv.methods import TrainingOptions
 from tpv_worker.backbone import Backbone
-from tpv_worker.data import Row, batches
-from tpv_worker.errors import TrainingDiverged
+from tpv_worker.data import Task, batches
+from tpv_worker.errors import DataError, TrainingDiverged
 from tpv_worker.evaluation import evaluate
-from tpv_worker.methods import TuningMethod
+
+if TYPE_CHECKING:  # methods may import this module: some train before they are trained
+    from tpv_worker.methods.protocol import Report, Snapshot, TuningMethod
 
 LOG_EVERY = 10  #: steps between two looks at the losses; in between nothing waits for the device
 SMOOTHING = 0.9  #: weight of the past in the running mean of the training loss
 
-Report = Callable[[dict[str, Any]], None]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a run gives: the soft prompt of its best step, and how it came about."""
+    """What a run gives: the method's answer at its best step, and how it came about."""
 
-    prompt: Tensor  #: P* (r, d), float32, on the CPU
-    tensors: Mapping[str, Tensor]  #: what the method keeps beside it, on the CPU
-    members: tuple[int, ...] | None  #: the group of the best step, for methods that group
-    best_step: int  #: counted from 1
-    best_value: float | None  #: metric on the validation rows; none without such rows
+    snapshot: Snapshot  #: of the best step, tensors on the CPU
+    best_step: int  #: counted from 1; 0: before the first one
+    best_value: float | None  #: metric on the validation rows, mean of the tasks; none without such rows
     steps: int  #: run in all
     validations: list[tuple[int, float]]  #: (step, value)
     groups: list[tuple[int, tuple[int, ...]]]  #: (step, members), changes only
-    loss: float  #: running mean of the training loss at the last step, nats a token
+    loss: float | None  #: running mean of the training loss at the last step, nats a token; none without steps
     wall_seconds: float
     cpu_seconds: float  #: of this process, all threads
 
@@ -45,49 +44,84 @@ class TrainingResult:
 def train(
     backbone: Backbone,
     method: TuningMethod,
-    train_rows: Sequence[Row],
-    validation_rows: Sequence[Row] = (),
+    tasks: Sequence[Task],
+    source_tasks: Sequence[Task] = (),
     *,
-    label_words: Sequence[str] | None,
     options: TrainingOptions,
     seed: int,
     report: Report = lambda event: None,
 ) -> TrainingResult:
-    """Trains a method's parameters on the rows and keeps the step with the best validation metric, the first on ties.
+    """Trains a method on the tasks together and keeps the step with the best validation, the first one on ties.
 
-    Without validation rows (few-shot) the last step is kept. On a CPU the same arguments give the same bytes; the
-    global random state is neither read nor changed. The training loss is looked at every LOG_EVERY steps and before
-    each validation: that is when it is reported, when `stop_below` ends the run, and when a NaN is found.
+    The method is prepared first, with the source tasks. A batch mixes the tasks' rows in proportion to their numbers,
+    each counting at most `mixing_limit` where the options have one; validation is the mean over the tasks that have
+    validation rows. Without any (few-shot) the last step is kept. With no steps the prepared method is the result. A
+    method whose result is an artifact is left as it was at its best step.
+
+    On a CPU the same arguments give the same bytes; the global random state is neither read nor changed. The training
+    loss is looked at every LOG_EVERY steps and before each validation: that is when it is reported, when `stop_below`
+    ends the run, and when a NaN is found.
 
     `report` gets {"type": "progress", step, steps, loss, learning_rate}, {"type": "group", step, members} and
     {"type": "evaluation", step, metric, value}; what it raises ends the run.
     Raises DataError and OptionsError before the first step, TrainingDiverged during the run.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    best, best_step, best_value = method.snapshot(), 0, -math.inf
-    rows = len(best.prompt)
-    examples = backbone.tokenize(train_rows, options, rows)
-    judged = validation_rows[: options.evaluate_rows]
-    validation = backbone.tokenize(judged, options, rows) if judged else []
+    if not tasks:
+        raise DataError("there is no task to train on")
+    rows = backbone.num_virtual_tokens(method.snapshot().prompt)
+    examples, validation = [], []
+    for place, task in enumerate(tasks):
+        examples += backbone.tokenize(task.train, options, rows, place)
+        if judged := task.validation[: options.evaluate_rows]:
+            validation.append((task, backbone.tokenize(judged, options, rows, place)))
+    method.prepare(tasks, source_tasks, report)
 
     groups = method.parameter_groups()
     optimizer = torch.optim.AdamW(groups, betas=options.adam_betas, eps=options.adam_epsilon)
     parameters = [parameter for group in groups for parameter in group["params"]]
     full_rates = [group["lr"] for group in groups]
-    order = batches([len(example.source) for example in examples], options.batch_size, seed)
+    order = batches(
+        [len(example.source) for example in examples],
+        options.batch_size,
+        seed,
+        sizes=[len(task.train) for task in tasks],
+        limit=getattr(options, "mixing_limit", None),
+    )
 
     recent: list[Tensor] = []  # losses since the last look at them, on the device
-    running = math.nan
+    running: float | None = None
     members: tuple[int, ...] | None = None
     group_history: list[tuple[int, tuple[int, ...]]] = []
     validations: list[tuple[int, float]] = []
+    best, best_step, best_value = method.snapshot(), 0, -math.inf
 
+    def judge(step: int) -> None:
+        """Keeps the method's present answer if it is the best one so far."""
+        nonlocal best, best_step, best_value
+        candidate = method.snapshot()
+        if not all(tensor.isfinite().all() for tensor in tensors_of(candidate)):
+            raise TrainingDiverged(step, "soft prompt")
+        value = math.inf  # without validation rows the last step is the only candidate
+        if validation:
+            value = fmean(
+                evaluate(backbone, candidate.prompt, rows, label_words=task.label_words, options=options).value
+                for task, rows in validation
+            )
+            validations.append((step, value))
+            report({"type": "evaluation", "step": step, "metric": "accuracy", "value": value})
+        if value > best_value:
+            best, best_step, best_value = candidate, step, value
+
+    step = 0
+    if options.steps == 0:
+        judge(step)
     for step in range(1, options.steps + 1):
         share = rate(step, options)
         for group, full_rate in zip(optimizer.param_groups, full_rates, strict=True):
             group["lr"] = share * full_rate
 
-        loss = backbone.loss(method.prompt(), [examples[i] for i in next(order)])
+        loss = method.loss(backbone, [examples[i] for i in next(order)])
         loss.backward()  # type: ignore[no-untyped-call]
         if options.clip_norm is not None:
             clip_grad_norm_(parameters, options.clip_norm)
@@ -106,7 +140,7 @@ def train(
             for past, value in enumerate(torch.stack(recent).tolist(), step + 1 - len(recent)):
                 if not math.isfinite(value):
                     raise TrainingDiverged(past, "loss")
-                running = value if math.isnan(running) else SMOOTHING * running + (1 - SMOOTHING) * value
+                running = value if running is None else SMOOTHING * running + (1 - SMOOTHING) * value
             recent.clear()
             report(
                 {
@@ -117,26 +151,17 @@ def train(
                     "learning_rate": share * full_rates[0],
                 }
             )
-            last = last or (options.stop_below is not None and running < options.stop_below)
+            last = last or (options.stop_below is not None and running is not None and running < options.stop_below)
 
         if last or (due and validation):
-            candidate = method.snapshot()
-            if not candidate.prompt.isfinite().all():
-                raise TrainingDiverged(step, "soft prompt")
-            value = math.inf  # without validation rows the last step is the only candidate
-            if validation:
-                value = evaluate(backbone, candidate.prompt, validation, label_words=label_words, options=options).value
-                validations.append((step, value))
-                report({"type": "evaluation", "step": step, "metric": "accuracy", "value": value})
-            if value > best_value:
-                best, best_step, best_value = candidate, step, value
+            judge(step)
         if last:
             break
 
+    if method.artifact:
+        method.load(best.tensors)
     return TrainingResult(
-        prompt=best.prompt.cpu(),
-        tensors={name: tensor.cpu() for name, tensor in best.tensors.items()},
-        members=best.members,
+        snapshot=on_cpu(best),
         best_step=best_step,
         best_value=best_value if validation else None,
         steps=step,
@@ -145,6 +170,20 @@ def train(
         loss=running,
         wall_seconds=time.perf_counter() - started,
         cpu_seconds=time.process_time() - cpu_started,
+    )
+
+
+def tensors_of(snapshot: Snapshot) -> list[Tensor]:
+    prompt = [] if callable(snapshot.prompt) else [snapshot.prompt]
+    return [*prompt, *snapshot.tensors.values()]
+
+
+def on_cpu(snapshot: Snapshot) -> Snapshot:
+    """The snapshot with its tensors on the CPU; a prompt that is a function stays where it is."""
+    return replace(
+        snapshot,
+        prompt=snapshot.prompt if callable(snapshot.prompt) else snapshot.prompt.cpu(),
+        tensors={name: tensor.cpu() for name, tensor in snapshot.tensors.items()},
     )
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 
 from tpv_worker.methods.dtvg import Dtvg
 from tpv_worker.methods.prompt_tuning import PromptTuning
-from tpv_worker.methods.protocol import Snapshot, TuningMethod
+from tpv_worker.methods.protocol import Given, Snapshot, TuningMethod
 
-__all__ = ["METHODS", "Dtvg", "PromptTuning", "Snapshot", "TuningMethod"]
+__all__ = ["METHODS", "Dtvg", "Given", "PromptTuning", "Snapshot", "TuningMethod"]
 
-#: By name: what is called with (options, initialization), and a transfer with `target=` and `sources=` as well.
+#: By name: what is called with (options, given).
 METHODS: Mapping[str, Callable[..., TuningMethod]] = {
     "prompt-tuning": PromptTuning,
     "dtvg": Dtvg,

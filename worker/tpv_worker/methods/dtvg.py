@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tpv.grouping import group
 from tpv.methods import DtvgOptions
-from tpv_worker.methods.protocol import Snapshot
+from tpv_worker.methods.protocol import Given, Snapshot, TuningMethod
 
 
-class Dtvg:
+class Dtvg(TuningMethod):
     """Trains T_t (r, d), alpha_t (r,) and alpha_s (n, r): r * d + (n + 1) * r parameters; the source vectors are fixed.
 
     T_t starts from the target's own stage-1 vector. The two-speed rates of C.7: one for {T_t, alpha_t}, one for
@@ -33,13 +33,15 @@ class Dtvg:
     scaling term's neutral value is one: it would slowly switch every source off, the unused ones too.
     """
 
-    def __init__(self, options: DtvgOptions, initialization: Tensor, *, target: Tensor, sources: Tensor) -> None:
-        """`initialization` P_init (r, d), `target` T_t (r, d), `sources` T_s (n, r, d); float32, on one device."""
+    def __init__(self, options: DtvgOptions, given: Given) -> None:
+        super().__init__()
+        assert given.target is not None
+        assert given.sources is not None
         self.options = options
-        self.P_init, self.T_s = initialization, sources
-        self.T_t = nn.Parameter(target.clone())
-        self.alpha_t = nn.Parameter(torch.ones_like(target[:, 0]))
-        self.alpha_s = nn.Parameter(torch.ones_like(sources[:, :, 0]))
+        self.P_init, self.T_s = given.initialization, given.sources
+        self.T_t = nn.Parameter(given.target.clone())
+        self.alpha_t = nn.Parameter(torch.ones_like(given.target[:, 0]))
+        self.alpha_s = nn.Parameter(torch.ones_like(given.sources[:, :, 0]))
         self.members: tuple[int, ...] = ()
         self.step = 0
 

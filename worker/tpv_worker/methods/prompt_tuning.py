@@ -11,17 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from tpv.methods import PromptTuningOptions
-from tpv_worker.methods.protocol import Snapshot
+from tpv_worker.methods.protocol import Given, Snapshot, TuningMethod
 
 
-class PromptTuning:
+class PromptTuning(TuningMethod):
     """Trains P from P_init: r * d parameters. Weight decay acts on P itself, as in plain AdamW on a soft prompt."""
 
-    members = None
-
-    def __init__(self, options: PromptTuningOptions, initialization: Tensor) -> None:
+    def __init__(self, options: PromptTuningOptions, given: Given) -> None:
+        super().__init__()
         self.options = options
-        self.P = nn.Parameter(initialization.clone())
+        self.P = nn.Parameter(given.initialization.clone())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [self.P], "lr": self.options.learning_rate, "weight_decay": self.options.weight_decay}]

@@ -1,34 +1,78 @@
-"""What the training loop asks of a method."""
+"""What the training loop asks of a method, and what a method is given."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
+
+from tpv_worker.backbone import Backbone, Prompt
+from tpv_worker.data import Example, Task
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a job hands to its method; tensors are float32 and on the backbone's device."""
+
+    backbone: Backbone
+    initialization: Tensor  #: P_init (r, d)
+    target: Tensor | None = None  #: the target's own vector T_t (r, d)
+    sources: Tensor | None = None  #: source vectors T_s (n, r, d)
+    source_names: Sequence[str] = ()  #: references of the sources, for messages
+    center: Tensor | None = None  #: mean pooled vector (d,) of the reference pool, for centred similarities
+    tasks: int = 1  #: how many tasks are trained together
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """A method's answer with its present parameters; copies, so that further steps do not change it."""
 
-    prompt: Tensor  #: the soft prompt (r, d), float32, without gradient
+    prompt: Prompt  #: what the model reads in front of a source, without gradient; (r, d) where the result is a vector
     members: tuple[int, ...] | None = None  #: indices of the sources in the group, for methods that group
-    tensors: dict[str, Tensor] = field(default_factory=dict)  #: what else is worth keeping beside the result
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  #: kept beside a vector; of an artifact: all of it
 
 
-class TuningMethod(Protocol):
+class TuningMethod(ABC):
     """Holds the trained parameters, on the backbone's device, and makes a soft prompt of them."""
 
-    @property
-    def members(self) -> tuple[int, ...] | None:
-        """The group of the last training step, for methods that group."""
+    members: tuple[int, ...] | None = None  #: the group of the last training step, for methods that group
+    facts: Mapping[str, Any]  #: what is worth telling of the result beside tensors; JSON
 
+    artifact: ClassVar[bool] = False  #: the result is `Snapshot.tensors`, which `load` reads, instead of a vector
+
+    def __init__(self) -> None:
+        self.facts = {}
+
+    def prepare(  # noqa: B027, most methods have nothing to do here
+        self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Report
+    ) -> None:
+        """What comes before the first step: a search, or a training on the sources' data. Called once, by `train`."""
+
+    @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for AdamW, each with `params`, its own `lr` and `weight_decay`."""
 
-    def prompt(self) -> Tensor:
-        """The soft prompt (r, d) of the next training step, differentiable; called once a step."""
+    @abstractmethod
+    def prompt(self) -> Prompt:
+        """What the model reads in front of the sources of the next training step, differentiable."""
 
+    def loss(self, backbone: Backbone, batch: Sequence[Example]) -> Tensor:
+        """The scalar that a step makes smaller, in nats; called once a step."""
+        return backbone.loss(self.prompt(), batch)
+
+    @abstractmethod
     def snapshot(self) -> Snapshot:
-        """What validation sees, and what the job gives if this step turns out the best."""
+        """What validation sees, and what the job gives if this step turns out the best.
+
+        Works before `prepare` as well: the length of the prompt decides whether the rows fit the model.
+        """
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the parameters from a snapshot's tensors; methods whose result is an artifact have it."""
+        raise NotImplementedError

@@ -12,8 +12,8 @@ from torch import Tensor
 from tpv.methods import METHODS, DtvgOptions, PromptTuningOptions
 from tpv_worker import methods
 from tpv_worker.backbone import Backbone
-from tpv_worker.data import Row, batches
-from tpv_worker.methods import Dtvg, PromptTuning
+from tpv_worker.data import Row, Task, batches
+from tpv_worker.methods import Dtvg, Given, PromptTuning
 from tpv_worker.training import train
 
 R, D = 3, 16
@@ -23,22 +23,27 @@ def vectors(n: int, seed: int = 0, shape: tuple[int, int] = (R, D)) -> Tensor:
     return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
 
 
+def given(P_init: Tensor, T_t: Tensor, *sources: Tensor) -> Given:
+    backbone: Any = None  # these methods do not look at the model
+    return Given(backbone=backbone, initialization=P_init, target=T_t, sources=torch.stack(sources))
+
+
 def make(n: int, seed: int = 0, **options: Any) -> Dtvg:
-    P_init, T_t, *sources = vectors(n + 2, seed)
-    return Dtvg(DtvgOptions(**options), P_init, target=T_t, sources=torch.stack(sources))
+    return Dtvg(DtvgOptions(**options), given(*vectors(n + 2, seed)))
 
 
 def test_the_worker_implements_exactly_what_is_listed() -> None:
-    assert set(methods.METHODS) == {name for name, method in METHODS.items() if method.result == "vector"}
+    assert set(methods.METHODS) == METHODS.keys() - {"initialize"}
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_is_made_the_same_way(name: str) -> None:
-    P_init, T_t, *sources = vectors(4)
-    transfer = {"target": T_t, "sources": torch.stack(sources)} if METHODS[name].transfers else {}
-    method = methods.METHODS[name](METHODS[name].options(), P_init, **transfer)
-    assert method.prompt().shape == P_init.shape
-    assert not method.snapshot().prompt.requires_grad
+    P_init, *_ = tensors = vectors(4)
+    method = methods.METHODS[name](METHODS[name].options(), given(*tensors))
+    prompt = method.snapshot().prompt
+    assert isinstance(prompt, Tensor)
+    assert prompt.shape == P_init.shape
+    assert not prompt.requires_grad
 
 
 def count(groups: list[dict[str, Any]]) -> int:
@@ -47,9 +52,9 @@ def count(groups: list[dict[str, Any]]) -> int:
 
 def test_trained_parameter_counts_of_the_papers() -> None:
     """r = 100, d = 768: 76.8 k for prompt tuning, 77.5 k for DTVG with six sources (Table 7 of its paper)."""
-    P_init, T_t, *sources = torch.zeros(8, 100, 768)
-    assert count(PromptTuning(PromptTuningOptions(), P_init).parameter_groups()) == 76_800
-    dtvg = Dtvg(DtvgOptions(), P_init, target=T_t, sources=torch.stack(sources))
+    zeros = given(*torch.zeros(8, 100, 768))
+    assert count(PromptTuning(PromptTuningOptions(), zeros).parameter_groups()) == 76_800
+    dtvg = Dtvg(DtvgOptions(), zeros)
     assert count(dtvg.parameter_groups()) == 76_800 + 100 + 6 * 100
 
 
@@ -183,8 +188,8 @@ def test_training_is_algorithm_1(backbone: Backbone, rows: list[Row]) -> None:
         steps=STEPS, batch_size=8, learning_rate=0.03, source_scale_learning_rate=0.04, weight_decay=0.01, separator="|"
     )
     P_init, T_t, *sources = vectors(6, SEED[backbone.kind]) * torch.tensor([2.0, *[0.1] * 5])[:, None, None]
-    method = Dtvg(options, P_init, target=T_t, sources=torch.stack(sources))
-    result = train(backbone, method, rows, label_words=None, options=options, seed=0)
+    method = Dtvg(options, given(P_init, T_t, *sources))
+    result = train(backbone, method, [Task(train=rows, label_words=None)], options=options, seed=0)
 
     examples = backbone.tokenize(rows, options, R)
     order = islice(batches([len(example.source) for example in examples], 8, 0), STEPS)
@@ -213,13 +218,13 @@ def test_training_is_algorithm_1(backbone: Backbone, rows: list[Row]) -> None:
     changes = [(i + 1, g) for i, g in enumerate(groups) if i == 0 or g != groups[i - 1]]
     assert result.groups == changes
     close = partial(torch.testing.assert_close, rtol=0, atol=1e-5, check_dtype=False)
-    close(result.tensors["target_vector"], T_t)
-    close(result.tensors["target_scale"], alpha_t)
-    close(result.tensors["source_scales"], alpha_s)
+    close(result.snapshot.tensors["target_vector"], T_t)
+    close(result.snapshot.tensors["target_scale"], alpha_t)
+    close(result.snapshot.tensors["source_scales"], alpha_s)
     final = algorithm_2(alpha_t[:, None] * T_t, [alpha_s[i][:, None] * T_s[i] for i in range(4)])
-    assert result.members == tuple(final)
+    assert result.snapshot.members == tuple(final)
     P_star = P_init + alpha_t[:, None] * T_t + sum(alpha_s[i][:, None] * T_s[i] for i in final)
-    close(result.prompt, P_star)
+    close(result.snapshot.prompt, P_star)
     assert math.isfinite(result.loss)
 
 

@@ -37,11 +37,11 @@ from tpv.schemas.jobs import (
 from tpv.vectors import Float32
 from tpv_worker import initialization, lab
 from tpv_worker.backbone import Backbone, model_digest
-from tpv_worker.data import Dataset, Row, few_shot, read_rows
+from tpv_worker.data import Dataset, Row, Task, few_shot, read_rows
 from tpv_worker.errors import JobError, ModelError
 from tpv_worker.evaluation import Evaluation, evaluate, majority
 from tpv_worker.events import Events
-from tpv_worker.methods import METHODS
+from tpv_worker.methods import METHODS, Given
 from tpv_worker.settings import Settings
 from tpv_worker.training import TrainingResult, train
 from tpv_worker.worker import TRY_AGAIN
@@ -144,25 +144,28 @@ class Attempt:
         rows = dataset.splits["train"]
         train_rows = few_shot(rows, spec.shots, spec.shot_seed) if spec.shots else rows
         start = self.load_initialization().to(backbone.device)
-        vectors: dict[str, Tensor] = {}
+        vectors: dict[str, Any] = {}
         if spec.target is not None:
             vectors["target"] = self.load_vector(spec.target).to(backbone.device)
             vectors["sources"] = torch.stack([self.load_vector(source) for source in spec.sources]).to(backbone.device)
 
         self.events.phase("tuning")
+        method = METHODS[spec.method](
+            options, Given(backbone=backbone, initialization=start, seed=spec.seed, **vectors)
+        )
+        task = Task(train=train_rows, validation=dataset.splits.get("validation", ()), label_words=dataset.label_words)
         result = train(
             backbone,
-            METHODS[spec.method](options, start, **vectors),
-            train_rows,
-            dataset.splits.get("validation", ()),
-            label_words=dataset.label_words,
+            method,
+            [task],
             options=options,
             seed=spec.seed,
             report=self.report_training,
         )
 
         self.events.phase("verifying")
-        digest, staged = self.stage_and_load(result.prompt)
+        assert isinstance(result.snapshot.prompt, Tensor)
+        digest, staged = self.stage_and_load(result.snapshot.prompt)
         judged = [split for split in ("validation", "test") if split in dataset.splits]
 
         # P_init + T is what everybody reads who takes the vector from the registry.
@@ -174,7 +177,7 @@ class Attempt:
 
         return ResultReport(
             prompt=digest,
-            state=self.stage(files.dump(as_arrays(result.tensors))) if result.tensors else None,
+            state=self.stage(files.dump(as_arrays(kept))) if (kept := result.snapshot.tensors) else None,
             evaluations=[self.report_of(split, figures[split], dataset.splits[split]) for split in judged],
             metrics=metrics_of(
                 result, figures, {split: majority(train_rows, dataset.splits[split]) for split in judged}
@@ -274,13 +277,15 @@ class Attempt:
             "best_step": result.best_step,
             "validations": result.validations,
         }
-        if result.members is not None:
-            found["group"] = self.names(result.members)
+        if result.snapshot.members is not None:
+            found["group"] = self.names(result.snapshot.members)
             found["group_history"] = [{"step": step, "members": self.names(group)} for step, group in result.groups]
-        if "source_scales" in result.tensors:
-            scales = zip(self.names(range(len(self.spec.sources))), result.tensors["source_scales"], strict=True)
+        if "source_scales" in result.snapshot.tensors:
+            scales = zip(
+                self.names(range(len(self.spec.sources))), result.snapshot.tensors["source_scales"], strict=True
+            )
             found["scales"] = {name: summary(scale) for name, scale in scales}
-            found["target_scale"] = summary(result.tensors["target_scale"])
+            found["target_scale"] = summary(result.snapshot.tensors["target_scale"])
         return found
 
     def names(self, members: Sequence[int]) -> list[str]:
@@ -355,7 +360,7 @@ def metrics_of(
     metrics: dict[str, float] = {
         "target_steps": result.steps,
         "best_step": result.best_step,
-        "loss": result.loss,
+        **({} if result.loss is None else {"loss": result.loss}),
         "wall_seconds": result.wall_seconds,
         "cpu_seconds": result.cpu_seconds,
     }

@@ -35,6 +35,7 @@ from tpv_service.search.family import RECORD, Family, Snapshot
 log = structlog.get_logger()
 
 _ROWS_HELD = 4_000_000  #: of all families together; about 50 bytes of memory each, beside what the system maps
+_PATIENCE = 20.0  #: seconds that a query waits for a large family to be read; it goes on without the query
 _BLOCK = 1 << 24  #: bytes that are taken over at a time while a family is read
 
 _SOURCE = text("""
@@ -71,11 +72,24 @@ class Families:
     def __init__(self, readers: async_sessionmaker[AsyncSession], directory: Path) -> None:
         self._readers, self._directory = readers, directory
         self._open: OrderedDict[UUID, _Copy] = OrderedDict()
+        self._looks: set[asyncio.Task[Snapshot]] = set()
 
     async def current(self, initialization: InitializationRow) -> Snapshot:
-        """All versions of the family that are committed now."""
+        """All versions of the family that are committed now; raises Unavailable when it takes long to read them."""
         copy = self._open.setdefault(initialization.id, _Copy())
         self._open.move_to_end(initialization.id)
+        look = asyncio.create_task(self._look(copy, initialization))
+        self._looks.add(look)
+        look.add_done_callback(self._looks.discard)
+        if not (await asyncio.wait([look], timeout=_PATIENCE))[0]:
+            look.add_done_callback(_told)
+            raise Unavailable(
+                f"the vectors of initialization {initialization.name or initialization.id} are being read, "
+                f"{copy.rows} so far; ask again in some seconds"
+            )
+        return look.result()
+
+    async def _look(self, copy: _Copy, initialization: InitializationRow) -> Snapshot:
         async with copy.lock, self._readers() as session:
             try:
                 if copy.family is None:
@@ -111,6 +125,12 @@ class Families:
             if not copy.lock.locked():
                 held -= copy.rows
                 del self._open[key]  # queries that still have its snapshot keep its maps
+
+
+def _told(look: asyncio.Task[Snapshot]) -> None:
+    """Nobody waits for this look any more."""
+    if not look.cancelled() and (error := look.exception()):
+        log.warning("cannot read a family of vectors", error=repr(error))
 
 
 class _Copy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -14,6 +15,7 @@ import tpv
 from tpv import errors
 from tpv_service.app import create_app
 from tpv_service.db import create_engine, create_reader
+from tpv_service.search import families
 from tpv_service.search.family import Family
 from tpv_service.search.queries import named
 from tpv_service.settings import Settings
@@ -166,6 +168,25 @@ async def test_a_copy_that_could_not_be_written_is_read_anew(client, family, mon
     answer = await client.similarity.search("query", k=10)
 
     assert {hit.reference: hit.similarity for hit in answer.hits} == {"default/a:1": 4.0, "default/b:1": 12.0}
+
+
+async def test_a_family_that_takes_long_is_read_on_behind_the_query(client, family, monkeypatch):
+    await register(client, "a")
+    go_on = asyncio.Event()
+    read = families._read_rows
+
+    async def slow(*given: object) -> None:
+        await go_on.wait()
+        await read(*given)
+
+    monkeypatch.setattr(families, "_read_rows", slow)
+    monkeypatch.setattr(families, "_PATIENCE", 0.01)
+    with pytest.raises(errors.Unavailable, match="being read, 0 so far"):
+        await found(client)
+    go_on.set()
+    monkeypatch.setattr(families, "_PATIENCE", 60)
+
+    assert await found(client) == ["default/a:1"]
 
 
 async def test_a_copy_of_a_future_that_the_database_does_not_know_is_read_anew(client, family, app):

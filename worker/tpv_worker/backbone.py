@@ -63,6 +63,17 @@ class Reading:
 Prompt = Tensor | Callable[[Reading], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What the model says of the targets of a batch."""
+
+    logits: Tensor  #: (batch, tokens, vocabulary), float32
+    labels: Tensor  #: (batch, tokens), the targets' tokens, IGNORED where a target is shorter
+    #: Last hidden states (batch, length, width) with the mask (batch, length) of what is no padding: of encoder and
+    #: decoder, or of a decoder that is alone. Empty unless asked for.
+    hidden: Sequence[tuple[Tensor, Tensor]] = ()
+
+
 class Backbone(ABC):
     """A frozen model that reads a `Prompt` in front of its sources, and its tokenizer."""
 
@@ -174,9 +185,14 @@ class Backbone(ABC):
             raise DataError(f"the target {text!r} has no tokens")
         return [*tokens, self.end_token]
 
-    @abstractmethod
     def loss(self, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
         """Mean cross entropy, in nats, over all tokens of the batch's targets: a scalar, differentiable."""
+        predictions = self.predictions(prompt, batch)
+        return cross_entropy(predictions.logits.flatten(0, 1), predictions.labels.flatten())
+
+    @abstractmethod
+    def predictions(self, prompt: Prompt, batch: Sequence[Example], *, hidden: bool = False) -> Predictions:
+        """What a loss is made of, differentiable; with the hidden states if they are asked for."""
 
     @abstractmethod
     def label_scores(self, prompt: Prompt, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -221,10 +237,15 @@ class EncoderDecoder(Backbone):
 
     kind = "encoder-decoder"
 
-    def loss(self, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
+    def predictions(self, prompt: Prompt, batch: Sequence[Example], *, hidden: bool = False) -> Predictions:
         labels, _ = self._padded([example.target for example in batch], IGNORED, "right")
-        logits = self._decoded(labels, **self._inputs(prompt, batch))
-        return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        inputs = self._inputs(prompt, batch)
+        output = self._decoded(labels, output_hidden_states=hidden, **inputs)
+        states = []
+        if hidden:
+            states.append((output.encoder_last_hidden_state, inputs["attention_mask"].bool()))
+            states.append((output.decoder_hidden_states[-1], labels != IGNORED))
+        return Predictions(output.logits.float(), labels, states)
 
     def label_scores(self, prompt: Prompt, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
         inputs = self._inputs(prompt, batch)
@@ -232,7 +253,7 @@ class EncoderDecoder(Backbone):
         scores = []
         for tokens in label_tokens:
             label = torch.tensor(tokens, device=self.device).expand(len(batch), -1)  # (batch, tokens)
-            logits = self._decoded(label, encoder_outputs=encoded, attention_mask=inputs["attention_mask"])
+            logits = self._decoded(label, encoder_outputs=encoded, attention_mask=inputs["attention_mask"]).logits
             scores.append(_log_probability(logits, label))
         return torch.stack(scores, dim=1)
 
@@ -240,11 +261,10 @@ class EncoderDecoder(Backbone):
         inputs = self._inputs(prompt, batch)
         return self._decode(self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1))
 
-    def _decoded(self, labels: Tensor, **encoder: Any) -> Tensor:
-        """Logits (batch, tokens, vocabulary) of labels (batch, tokens)."""
+    def _decoded(self, labels: Tensor, **inputs: Any) -> Any:
+        """The model's output, with logits (batch, tokens, vocabulary), for labels (batch, tokens)."""
         shifted = self.model.prepare_decoder_input_ids_from_labels(labels)
-        logits: Tensor = self.model(decoder_input_ids=shifted, use_cache=False, **encoder).logits
-        return logits
+        return self.model(decoder_input_ids=shifted, use_cache=False, **inputs)
 
     def _inputs(self, prompt: Prompt, batch: Sequence[Example]) -> dict[str, Tensor]:
         embeddings, mask = self._read(prompt, batch)
@@ -256,14 +276,15 @@ class DecoderOnly(Backbone):
 
     kind = "decoder-only"
 
-    def loss(self, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
+    def predictions(self, prompt: Prompt, batch: Sequence[Example], *, hidden: bool = False) -> Predictions:
         labels, _ = self._padded([example.target for example in batch], IGNORED, "left")
         # The end token is predicted, never read; each position predicts the token after it, so the last len(target)
         # positions of a sequence are those with labels.
         inputs = self._inputs(prompt, batch, [example.target[:-1] for example in batch])
         width = labels.shape[1]
-        logits = self.model(**inputs, logits_to_keep=width, use_cache=False).logits[:, -width:]
-        return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        output = self.model(**inputs, logits_to_keep=width, use_cache=False, output_hidden_states=hidden)
+        states = [(output.hidden_states[-1], inputs["attention_mask"].bool())] if hidden else []
+        return Predictions(output.logits[:, -width:].float(), labels, states)
 
     def label_scores(self, prompt: Prompt, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
         inputs = self._inputs(prompt, batch)

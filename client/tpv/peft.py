@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field
 
 from tpv import _base, errors, files
-from tpv.errors import InvalidTensor
+from tpv.errors import Invalid, InvalidTensor
 from tpv.references import Reference
 from tpv.vectors import Float32, TaskPromptVector, as_prompt
 
@@ -167,6 +167,18 @@ def write(
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # is not there any more when all went well
     return target
+
+
+def task_type_of(architecture: str | None) -> TaskType:
+    """Of a model class by its name; raises Invalid for one whose name does not tell."""
+    if architecture and architecture.endswith("ForCausalLM"):
+        return "CAUSAL_LM"
+    if architecture and architecture.endswith("T5ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM"
+    raise Invalid(
+        f"the registry knows the base model's architecture as {architecture or 'nothing'}: give its "
+        "task_type (--task-type), CAUSAL_LM for a decoder-only model, SEQ_2_SEQ_LM for an encoder-decoder"
+    )
 
 
 def _adapter_folder(directory: Path) -> Path:

@@ -50,7 +50,7 @@ def peft_(
                 differences={"initialization": [own.fingerprint, start.fingerprint]},
             )
         model = start.base_model
-        kind = task_type or _task_type(model.architecture)
+        kind = task_type or peft.task_type_of(model.architecture)
         path = version.load().to_peft(
             directory,
             client.initializations.load(start),
@@ -71,15 +71,3 @@ def peft_(
         "scale": scale,
     }
     Output(as_json).line(facts, f"exported {plain(version.reference)} to {directory}, a {kind} prompt for {model.name}")
-
-
-def _task_type(architecture: str | None) -> peft.TaskType:
-    """Of the model class that a worker has recorded; of other classes the name does not tell it."""
-    if architecture and architecture.endswith("ForCausalLM"):
-        return "CAUSAL_LM"
-    if architecture and architecture.endswith("T5ForConditionalGeneration"):
-        return "SEQ_2_SEQ_LM"
-    raise typer.BadParameter(
-        f"the registry knows the base model's architecture as {architecture or 'nothing'}: say --task-type CAUSAL_LM "
-        "for a decoder-only model, SEQ_2_SEQ_LM for an encoder-decoder"
-    )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+from zipfile import ZipFile
+
 import numpy as np
 import pytest
 from tests.service.registry.conftest import ROWS, WIDTH, prompt_near
 
 import tpv
-from tpv import errors, files
+from tpv import errors, files, peft
 
 pytestmark = pytest.mark.anyio
 
 URL = "/api/v1/vectors/default/mnli/versions/1/prompt"
+PEFT_URL = "/api/v1/vectors/default/mnli/versions/1/peft"
 
 
 @pytest.fixture
@@ -114,3 +118,25 @@ async def test_what_is_missing_is_not_found(client, version):
         await client.vectors.prompt("mnli", "nothing")
     with pytest.raises(errors.NotFound):
         await client.vectors.prompt("mnli:2")
+
+
+async def test_the_directory_that_peft_loads_comes_as_a_zip_archive(client, http, version, start, tmp_path):
+    vector = await (await client.vectors.get("mnli")).load()
+    answer = await http.get(PEFT_URL, params={"task_type": "SEQ_2_SEQ_LM", "scale": 0.5})
+    again = await http.get(PEFT_URL, params={"task_type": "SEQ_2_SEQ_LM", "scale": 0.5})
+    with ZipFile(BytesIO(answer.content)) as archive:
+        archive.extractall(tmp_path)
+    read = peft.read(tmp_path)
+
+    assert answer.headers["content-type"] == "application/zip"
+    assert again.headers["etag"] == answer.headers["etag"]
+    np.testing.assert_array_equal(read.tensor, vector.apply(start, 0.5))
+    assert (read.vector, read.reference) == (vector, "default/mnli:1")
+    assert (read.config.base_model_name_or_path, read.config.task_type) == ("tiny-t5", "SEQ_2_SEQ_LM")
+
+
+async def test_peft_needs_to_know_the_kind_of_model(http, version):
+    answer = await http.get(PEFT_URL)
+
+    assert answer.status_code == 422
+    assert "task_type" in answer.json()["detail"]

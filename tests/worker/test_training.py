@@ -196,9 +196,9 @@ def test_several_tasks_are_trained_and_judged_together(backbone: Backbone, promp
     seen: Counter[int] = Counter()
 
     class Counts(PromptTuning):
-        def loss(self, backbone: Backbone, batch: Sequence[Example]) -> Tensor:
+        def loss(self, backbone: Backbone, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
             seen.update(example.task for example in batch)
-            return super().loss(backbone, batch)
+            return super().loss(backbone, prompt, batch)
 
     other = [Row(source, "w7") for source, _ in rows[:8]]
     tasks = [

@@ -121,7 +121,7 @@ def train(
         for group, full_rate in zip(optimizer.param_groups, full_rates, strict=True):
             group["lr"] = share * full_rate
 
-        loss = method.loss(backbone, [examples[i] for i in next(order)])
+        loss = method.loss(backbone, method.prompt(), [examples[i] for i in next(order)])
         loss.backward()  # type: ignore[no-untyped-call]
         if options.clip_norm is not None:
             clip_grad_norm_(parameters, options.clip_norm)

@@ -60,11 +60,14 @@ class TuningMethod(ABC):
 
     @abstractmethod
     def prompt(self) -> Prompt:
-        """What the model reads in front of the sources of the next training step, differentiable."""
+        """What the model reads in front of the sources of the next step, differentiable; called once a step."""
 
-    def loss(self, backbone: Backbone, batch: Sequence[Example]) -> Tensor:
-        """The scalar that a step makes smaller, in nats; called once a step."""
-        return backbone.loss(self.prompt(), batch)
+    def loss(self, backbone: Backbone, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
+        """The scalar that a step makes smaller, in nats; `prompt` is that of the step.
+
+        Called for each part of a step's batch; what it takes a mean over are the targets' tokens.
+        """
+        return backbone.loss(prompt, batch)
 
     @abstractmethod
     def snapshot(self) -> Snapshot:

@@ -57,9 +57,9 @@ class AsyncSimilarity:
         initialization; `task="nli"` and the like are short for a filter. `accuracy` is auto, exact or approximate.
         """
         members = _base.given(
-            candidates=_pool(candidates, versions=versions, conditions=conditions),
+            candidates=pool_of(candidates, versions=versions, conditions=conditions),
             metric=metric,
-            reference_pool=_pool(reference_pool),
+            reference_pool=pool_of(reference_pool),
             allow_same_task=allow_same_task,
             allow_mixed_initializations=allow_mixed_initializations,
             accuracy=accuracy,
@@ -84,7 +84,7 @@ class AsyncSimilarity:
         members = _base.given(
             references=[_paths.reference_of(ref) for ref in references],
             metric=metric,
-            reference_pool=_pool(reference_pool),
+            reference_pool=pool_of(reference_pool),
             normalize=normalize,
             allow_mixed_initializations=allow_mixed_initializations,
         )
@@ -120,7 +120,7 @@ class AsyncGroupings:
         decisions and every source taken, unless `trace="all"`.
         """
         members = _base.given(
-            candidates=_pool(candidates, versions=versions, conditions=conditions),
+            candidates=pool_of(candidates, versions=versions, conditions=conditions),
             strategy=strategy,
             trade_off=trade_off,
             max_size=max_size,
@@ -138,7 +138,7 @@ class AsyncGroupings:
     ) -> list[GroupingAnswer]:
         """The group of each target, from one request; the options are those of `create`."""
         conditions = {key: options.pop(key) for key in Conditions.__annotations__ if key in options}
-        pool = _pool(candidates, versions=options.pop("versions", None), conditions=conditions)
+        pool = pool_of(candidates, versions=options.pop("versions", None), conditions=conditions)
         members = _base.given(candidates=pool, **options)
         request = _base.message(GroupingRequest, target=[_paths.reference_of(ref) for ref in targets], **members)
         answer = await self._http.post(GroupingsAnswer, "/groupings", request, idempotent=True)
@@ -157,9 +157,10 @@ def _query(query: QueryLike) -> str | dict[str, Any] | list[dict[str, Any]]:
     return _paths.reference_of(query)
 
 
-def _pool(
+def pool_of(
     candidates: Candidates, *, versions: str | None = None, conditions: Mapping[str, Any] | None = None
 ) -> Pool | None:
+    """The vectors that a request looks at, as the wire has them; None when nothing is said."""
     if isinstance(candidates, Pool):
         if versions or _base.given(**(conditions or {})):
             raise TypeError("a Pool says all by itself: leave out versions= and conditions, or put them into it")

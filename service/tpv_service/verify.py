@@ -8,6 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from tpv.errors import DamagedContent, NotFound
 from tpv_service.datasets.tables import DatasetRow, DatasetVersionRow, SplitRow
+from tpv_service.jobs.tables import JobRow
 from tpv_service.registry.tables import EvaluationRow, InitializationRow, VectorRow, VersionRow
 from tpv_service.storage import BlobStore
 
@@ -41,10 +42,17 @@ def _references() -> CompoundSelect[str, str]:
         .join(VersionRow.vector)
         .where(EvaluationRow.predictions.is_not(None))
     )
+    job = literal("job ") + cast(JobRow.id, Text)
+    artifacts = select(job, JobRow.artifact).where(JobRow.artifact.is_not(None))
+    predictions_of_jobs = (
+        select(job + " (predictions)", EvaluationRow.predictions)
+        .join(EvaluationRow, EvaluationRow.job_id == JobRow.id)
+        .where(EvaluationRow.version_id.is_(None), EvaluationRow.predictions.is_not(None))
+    )
     initializations = select(literal("initialization ") + cast(InitializationRow.id, Text), InitializationRow.digest)
     splits = (
         select(dataset + " " + SplitRow.name, SplitRow.fingerprint)
         .join(DatasetVersionRow, DatasetVersionRow.id == SplitRow.dataset_version_id)
         .join(DatasetVersionRow.dataset)
     )
-    return union_all(versions, states, predictions, initializations, splits)
+    return union_all(versions, states, predictions, artifacts, predictions_of_jobs, initializations, splits)

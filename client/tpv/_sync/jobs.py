@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -15,6 +16,7 @@ from pydantic import PrivateAttr
 
 from tpv import _base, _content, _paths, errors
 from tpv._sync.http import Http
+from tpv._sync.similarity import Candidates, pool_of
 from tpv._base import Call
 from tpv._paths import DatasetLike, InitializationLike, VectorLike
 from tpv.schemas import jobs as wire
@@ -108,8 +110,10 @@ class Jobs:
         *,
         dataset: DatasetLike,
         initialization: InitializationLike,
-        output: str,
+        output: str | None = None,
         method: str = "prompt-tuning",
+        datasets: Sequence[DatasetLike] | None = None,
+        preset: str | None = None,
         shots: int | None = None,
         shot_seed: int | None = None,
         seed: int = 0,
@@ -120,11 +124,15 @@ class Jobs:
         priority: int | None = None,
         **options: Any,
     ) -> Job:
-        """Tunes a soft prompt on a data set and registers its vector as the next version of `output`.
+        """Tunes on a data set, or on several together; a vector is registered as the next version of `output`.
 
-        `options` are the method's own (`tpv.methods`): steps, batch_size, learning_rate ...
+        Methods whose result is an artifact, or figures alone, take no `output`. `options` are the method's own
+        (`tpv.methods`): steps, batch_size, learning_rate ...; a `preset` gives those that are left out.
         """
         members = _base.given(
+            output=output,
+            datasets=_references(datasets),
+            preset=preset,
             shots=shots,
             shot_seed=shot_seed,
             task_type=task_type,
@@ -139,7 +147,6 @@ class Jobs:
                 method=method,
                 dataset=_paths.reference_of(dataset),
                 initialization=_paths.reference_of(initialization),
-                output=output,
                 seed=seed,
                 options=options,
                 **members,
@@ -150,12 +157,15 @@ class Jobs:
         self,
         *,
         method: str = "dtvg",
-        target: VectorLike,
+        target: VectorLike | None = None,
         sources: Sequence[VectorLike],
         dataset: DatasetLike,
-        output: str,
+        output: str | None = None,
+        datasets: Sequence[DatasetLike] | None = None,
+        preset: str | None = None,
         target_options: Mapping[str, Any] | None = None,
         initialization: InitializationLike | None = None,
+        reference_pool: Candidates = None,
         shots: int | None = None,
         shot_seed: int | None = None,
         seed: int = 0,
@@ -166,12 +176,20 @@ class Jobs:
         priority: int | None = None,
         **options: Any,
     ) -> Job:
-        """Tunes the target's prompt with the help of source vectors, registered as the next version of `output`.
+        """Tunes on a data set with the help of source vectors; a vector is the next version of `output`.
 
-        When `target` has no version yet, its own prompt tuning (with `target_options`) is submitted first and this job
-        waits for it. `options` are the method's own (`tpv.methods`).
+        A method that starts from the target's own vector takes `target`; when that has no version yet, its own prompt
+        tuning (with `target_options`) is submitted first and this job waits for it. `datasets` are further ones, trained
+        together with `dataset`, or one for each source, as the method says. `options` are the method's own
+        (`tpv.methods`); a `preset` gives those that are left out. `reference_pool` is for `center=True`: the vectors,
+        or a Filter of them, whose mean is subtracted.
         """
         members = _base.given(
+            target=None if target is None else _paths.reference_of(target),
+            output=output,
+            datasets=_references(datasets),
+            preset=preset,
+            reference_pool=pool_of(reference_pool),
             target_options=target_options,
             initialization=None if initialization is None else _paths.reference_of(initialization),
             shots=shots,
@@ -186,10 +204,8 @@ class Jobs:
             _base.message(
                 wire.JobCreate,
                 method=method,
-                target=_paths.reference_of(target),
                 sources=[_paths.reference_of(source) for source in sources],
                 dataset=_paths.reference_of(dataset),
-                output=output,
                 seed=seed,
                 options=options,
                 **members,
@@ -214,6 +230,20 @@ class Jobs:
             retries=_base.LONG_WAIT,
         )
         return self._http.ask(wire.EventPage, call)
+
+    def download(self, job: JobLike, path: str | Path, *, progress: bool = False) -> Path:
+        """Saves the artifact of a job, a safetensors file, when it is complete and verified.
+
+        Raises NotFound when the job has none: it has not succeeded, or its method gives a vector or figures.
+        """
+        found = job if isinstance(job, wire.Job) and job.finished else self.get(job)
+        if found.artifact is None:
+            raise errors.NotFound(f"job {found.id} has no artifact: it is a {found.state} job of {found.method}")
+        target = Path(path)
+        with _content.transfer(f"downloading {found.method} {found.id}", found.artifact.size, progress) as advance:
+            sink = _content.Sink(target, advance)
+            self._http.download(f"/jobs/{found.id}/artifact", sink, expected=found.artifact.digest)
+        return target
 
     def cancel(self, job: JobLike) -> Job:
         """Asks for a job to stop."""
@@ -315,6 +345,11 @@ class Jobs:
     def _bind(self, job: Job) -> Job:
         job._jobs = self
         return job
+
+
+def _references(datasets: Sequence[DatasetLike] | None) -> list[str] | None:
+    """None when there are none: the wire has no empty list of data sets."""
+    return [_paths.reference_of(dataset) for dataset in datasets or ()] or None
 
 
 def _attempt(job: JobLike, attempt: int, what: str) -> str:

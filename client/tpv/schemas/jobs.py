@@ -10,7 +10,8 @@ from pydantic import Field
 
 from tpv.schemas.base import Answer, Name, Request, Tags
 from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
-from tpv.schemas.vectors import EvaluationCreate
+from tpv.schemas.similarity import Pool
+from tpv.schemas.vectors import Evaluation, EvaluationCreate
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 FINISHED: frozenset[State] = frozenset({"succeeded", "failed", "cancelled"})
@@ -24,10 +25,15 @@ Reason = Literal[
 class JobCreate(Request):
     """A piece of work for the workers. `method` names an entry of `tpv.methods.METHODS`, `options` are its options.
 
+    What else is needed follows from that entry; a member that the method has no use for is refused.
+
     - `initialize`: `base_model`; `output` is the initialization's name (optional).
-    - `prompt-tuning`: `initialization`, `dataset`, `output`.
-    - transfers (`dtvg`): `target`, `sources`, `dataset`, `output`; when the target vector has no version yet, its own
-      prompt tuning (with `target_options`) is submitted first and the transfer waits for it.
+    - All others: `dataset`, and `initialization` unless there are `sources`, whose it is then.
+    - A method whose result is a vector: `output`.
+    - A method with sources: `sources`. One that starts from the target's own vector: `target`; when that has no version
+      yet, its own prompt tuning (with `target_options`) is submitted first and the job waits for it.
+    - A method of several data sets: `datasets`, beside `dataset`: further tasks that are trained together with it, or
+      one data set for each of the sources, in their order.
     """
 
     method: str
@@ -36,10 +42,29 @@ class JobCreate(Request):
     base_model: BaseModelReference | None = None
     initialization: str | None = None
     dataset: str | None = None
+    datasets: list[str] | None = Field(
+        None,
+        min_length=1,
+        max_length=63,  # a vector names 64 tasks at most
+        description="Further data sets, beside `dataset`.",
+    )
     target: str | None = None
     target_options: dict[str, Any] | None = None
     sources: list[str] | None = Field(None, min_length=1, max_length=1000)
-    shots: int | None = Field(None, ge=1, description="Training rows overall, class proportions kept; none: all.")
+    preset: str | None = Field(
+        None, description="Options of a paper for the model's family (`tpv.presets`); what `options` say comes first."
+    )
+    reference_pool: Pool | None = Field(
+        None,
+        description="For the option `center`: the vectors whose mean is subtracted. Default: the newest version of "
+        "each vector of the initialization. The target, and vectors of its task or made from it, are left out.",
+    )
+    shots: int | None = Field(
+        None,
+        ge=1,
+        description="Training rows overall, class proportions kept; none: all. Of each data set that is trained "
+        "together with others; data sets of sources are read whole.",
+    )
     shot_seed: int = Field(0, ge=0, lt=2**63)
     seed: int = Field(0, ge=0, lt=2**63)
     queue: Name = "default"
@@ -69,19 +94,30 @@ class ResolvedInitialization(Answer):
     fingerprint: str
 
 
+class Center(Answer):
+    """The mean of a reference pool when the job was accepted."""
+
+    vector: list[float]  #: (d,), float32
+    size: int  #: vectors of the pool
+    rule: str  #: which vectors these were
+
+
 class JobSpec(Answer):
     """The resolved specification: versions and fingerprints, never aliases. Enough to repeat the job."""
 
     method: str
-    options: dict[str, Any]  #: complete, defaults filled in
+    options: dict[str, Any]  #: complete, preset and defaults filled in
+    preset: str | None = None
     output: str | None
     base_model: BaseModelReference
     base_model_facts: BaseModelFacts | None = None  #: what the registry knows of it; a worker checks it
     initialization: ResolvedInitialization | None = None
     dataset: ResolvedDataset | None = None
-    target: ResolvedVector | None = None  #: of a transfer; None until the target's own job has ended
-    target_name: str | None = None
+    datasets: list[ResolvedDataset] = Field(default_factory=list)  #: further ones
+    target: ResolvedVector | None = None  #: None until the target's own job has ended
+    target_name: str | None = None  #: None: a method that starts from no vector of the target's
     sources: list[ResolvedVector] = Field(default_factory=list)
+    center: Center | None = None  #: with the option `center`
     shots: int | None = None
     shot_seed: int = 0
     seed: int = 0
@@ -111,6 +147,13 @@ class Attempt(Answer):
     finished_at: datetime | None
 
 
+class Artifact(Answer):
+    """The result of a method whose tensors compare with nothing, as one safetensors file."""
+
+    digest: str
+    size: int  #: bytes
+
+
 class Job(Answer):
     id: UUID
     method: str
@@ -126,9 +169,14 @@ class Job(Answer):
     attempts: list[Attempt]
     result: str | None  #: reference of what it produced or matched: `ns/name:3`, or an initialization's id
     result_created: bool | None  #: False: the same content was registered already
-    metrics: dict[
-        str, float
-    ]  #: of the finished job, e.g. {"validation/accuracy": 0.9, "target_steps": 80, "cpu_seconds": 12}
+    artifact: Artifact | None = None
+    #: Of the finished job, e.g. {"validation/accuracy": 0.9, "target_steps": 80, "cpu_seconds": 12}; figures of further
+    #: data sets begin with the data set's reference.
+    metrics: dict[str, float]
+    #: The figures of `metrics` that the job has measured first, with their predictions; those of a version that was
+    #: there already may be an earlier job's.
+    evaluations: list[Evaluation] = Field(default_factory=list)
+    provenance: dict[str, Any] | None = None  #: how an artifact or figures came to be; a version has its own
     actor: str
     created_at: datetime
     started_at: datetime | None
@@ -143,10 +191,10 @@ class EventReport(Request):
     """One event of an attempt; `type` and the members it carries:
 
     - `progress`: step, steps, loss; `evaluation`: step, metric, value, split; `group`: step, members (references);
-    - `log`: message; `phase`: message (loading the model, tuning, verifying).
+    - `log`: message; `warning`: message; `phase`: message (loading the model, tuning, verifying).
     """
 
-    type: Literal["progress", "evaluation", "group", "log", "phase"]
+    type: Literal["progress", "evaluation", "group", "log", "warning", "phase"]
     at: datetime
     data: dict[str, Any] = Field(default_factory=dict)
 
@@ -204,9 +252,15 @@ class EvaluationReport(EvaluationCreate):
 
 
 class ResultReport(Request):
-    """The one committing call of an attempt: version (or initialization), evaluations, lineage and `succeeded`."""
+    """The one committing call of an attempt: result, evaluations, lineage and `succeeded`.
 
-    prompt: str = Field(description="Digest of the staged safetensors file with the tensor `prompt` (r, d).")
+    What the result is follows from the method: `prompt` for a vector or an initialization, `artifact`, or neither.
+    """
+
+    prompt: str | None = Field(
+        None, description="Digest of the staged safetensors file with the tensor `prompt` (r, d)."
+    )
+    artifact: str | None = Field(None, description="Digest of the staged safetensors file with the method's tensors.")
     state: str | None = Field(None, description="Digest of a staged file with the method's own tensors.")
     evaluations: list[EvaluationReport] = Field(default_factory=list)
     metrics: dict[str, float] = Field(default_factory=dict)

@@ -31,7 +31,7 @@ from tpv_service.db import Session
 from tpv_service.idempotency import IdempotentRequest
 from tpv_service.jobs import queries, report
 from tpv_service.jobs.cancel import cancel_job
-from tpv_service.jobs.submit import submit_job
+from tpv_service.jobs.submit import resolve_job, submit_job
 from tpv_service.jobs.tables import JobRow
 from tpv_service.jobs.view import job_view
 from tpv_service.pagination import PagingQuery, page
@@ -49,9 +49,10 @@ async def post_job(
     request: Request, session: Session, actor: Writer, idempotency: IdempotentRequest, job: JobCreate
 ) -> Response:
     """Submits a job; names are resolved to versions and fingerprints now."""
+    spec, first = await resolve_job(request, session, job)
     if kept := await idempotency.begin(session, actor.name, job):
         return kept
-    row = await submit_job(session, request.state.queue, job, actor.name)
+    row = await submit_job(session, request.state.queue, job, spec, first, actor.name)
     return await idempotency.finish(session, job_view(row), 201)
 
 
@@ -101,6 +102,21 @@ async def list_events(
         await asyncio.sleep(LOOK_EVERY)
 
 
+@router.get("/{job}/artifact", response_class=Response)
+async def get_artifact(request: Request, session: Session, _: Reader, job: UUID) -> Response:
+    """The result of a method that gives no vector, as safetensors: the method's own tensors, float32."""
+    row = await queries.job_by_id(session, job)
+    if row.artifact is None:
+        raise NotFound(f"job {job} has no artifact: it is a {row.state} job of the method {row.method}")
+    return await content_response(
+        request,
+        session,
+        row.artifact,
+        media_type="application/octet-stream",
+        filename=f"{row.method}-{job}.safetensors",
+    )
+
+
 @router.post("/{job}/cancel")
 async def cancel(request: Request, session: Session, actor: Writer, job: UUID) -> Job:
     """Calls a queued or running job off; jobs that need it fail."""
@@ -146,7 +162,7 @@ async def get_staged_file(
 async def report_result(
     request: Request, session: Session, _: Worker, job: UUID, number: int, result: ResultReport
 ) -> Job:
-    """Commits the result: version or initialization, evaluations, lineage and `succeeded` appear together."""
+    """Commits the result: version, initialization or artifact, evaluations, lineage and `succeeded` appear together."""
     return job_view(await report.report_result(session, request.state.store, request.state.queue, job, number, result))
 
 

@@ -29,6 +29,7 @@ def full_job() -> Select[JobRow]:
         .options(
             selectinload(JobRow.attempts),
             selectinload(JobRow.needs),
+            selectinload(JobRow.evaluations),
             joinedload(JobRow.result_version).joinedload(VersionRow.vector),
         )
         .execution_options(populate_existing=True)

@@ -35,11 +35,12 @@ from tpv.vectors import Float32, as_prompt
 from tpv_service.db import release
 from tpv_service.jobs import queries
 from tpv_service.jobs.lifecycle import end_attempt, finish, has_ended, show
-from tpv_service.jobs.submit import task_of
+from tpv_service.jobs.submit import tasks_of
 from tpv_service.jobs.tables import AttemptRow, EventRow, JobRow, StagedRow
 from tpv_service.queue import Queue
 from tpv_service.registry import publish
 from tpv_service.registry.queries import resolve_initialization
+from tpv_service.registry.tables import EvaluationRow
 from tpv_service.storage import BlobStore
 
 
@@ -117,10 +118,15 @@ async def report_result(
         _check_current(job, number)
         await _check_staged(session, job, report)
         spec = JobSpec.model_validate(job.spec)
-        if METHODS[spec.method].result == "initialization":
-            await _commit_initialization(session, store, job, spec, report)
-        else:
-            await _commit_vector(session, store, job, spec, report)
+        result = METHODS[spec.method].result
+        _check_result(job, result, report)
+        match result:
+            case "initialization":
+                await _commit_initialization(session, store, job, spec, report)
+            case "vector":
+                await _commit_vector(session, store, job, spec, report)
+            case "artifact" | "metrics":
+                await _commit_figures(session, store, job, report)
         job.metrics = report.metrics
         await end_attempt(session, job, "succeeded")
         await finish(session, queue, job, "succeeded")
@@ -128,11 +134,22 @@ async def report_result(
     return await queries.job_by_id(session, job_id)
 
 
+def _check_result(job: JobRow, result: str, report: ResultReport) -> None:
+    """Raises Invalid unless the report has the file that a result of this kind is, and no other."""
+    expected = {"initialization": "prompt", "vector": "prompt", "artifact": "artifact"}.get(result)
+    given = {name for name in ("prompt", "artifact") if getattr(report, name)}
+    if given != {expected} - {None}:
+        raise Invalid(
+            f"the result of {job.method} is {result}: its report names "
+            f"{f'one file, `{expected}`' if expected else 'no file'}, not {', '.join(sorted(given)) or 'none'}"
+        )
+
+
 async def _commit_initialization(
     session: AsyncSession, store: BlobStore, job: JobRow, spec: JobSpec, report: ResultReport
 ) -> None:
     await release(session)
-    tensor, digest, size = await run_in_threadpool(_store_initialization, store, report.prompt)
+    tensor, digest, size = await run_in_threadpool(_store_initialization, store, str(report.prompt))
     await _lock_current(session, job.id, job.attempt)
     row, created = await publish.publish_initialization(
         session,
@@ -163,7 +180,7 @@ async def _commit_vector(
     assert spec.dataset is not None
     initialization = await resolve_initialization(session, str(spec.initialization.initialization_id))
     await release(session)
-    stored = await run_in_threadpool(_store_vector, store, initialization.digest, report.prompt)
+    stored = await run_in_threadpool(_store_vector, store, initialization.digest, str(report.prompt))
     await _lock_current(session, job.id, job.attempt)
     figures = [figure.model_dump(exclude={"predictions"}) for figure in report.evaluations]
     version, created = await publish.publish_version(
@@ -172,7 +189,7 @@ async def _commit_vector(
         name=str(job.output_name),
         metadata=VersionCreate(
             initialization=str(initialization.id),
-            task=[task_of(spec.dataset.reference)],
+            task=tasks_of(METHODS[spec.method], spec.dataset, spec.datasets),
             task_type=spec.task_type,
             description=spec.description,
             tags=spec.tags,
@@ -186,6 +203,9 @@ async def _commit_vector(
                 "attempt": job.attempt,
                 "seed": spec.seed,
                 "dataset": spec.dataset.reference,
+                "datasets": [further.reference for further in spec.datasets],
+                "preset": spec.preset,
+                "center": spec.center.model_dump(exclude={"vector"}) if spec.center else None,
                 "metrics": report.metrics,
             },
             parents=_parents(spec),
@@ -198,6 +218,24 @@ async def _commit_vector(
         predictions=[figure.predictions for figure in report.evaluations],
     )
     job.result_version_id, job.result_created = version.id, created
+
+
+async def _commit_figures(session: AsyncSession, store: BlobStore, job: JobRow, report: ResultReport) -> None:
+    """What belongs to the job alone: evaluations, and the artifact where the method gives one."""
+    size = None
+    if report.artifact is not None:
+        staged = await queries.staged_files(session, job.id, job.attempt)
+        size = staged[report.artifact].size
+        await release(session)
+        await run_in_threadpool(_check_artifact, store, report.artifact)
+    await _lock_current(session, job.id, job.attempt)
+    job.artifact, job.artifact_size, job.provenance = report.artifact, size, report.provenance
+    session.add_all(EvaluationRow(job_id=job.id, **figure.model_dump()) for figure in report.evaluations)
+
+
+def _check_artifact(store: BlobStore, digest: str) -> None:
+    if not files.load(store.get(digest)):
+        raise InvalidTensor("an artifact's file holds the method's tensors; this one has none")
 
 
 def _parents(spec: JobSpec) -> list[Parent]:
@@ -242,7 +280,7 @@ def _ended_by(job: JobRow, number: int, state: str) -> bool:
 
 async def _check_staged(session: AsyncSession, job: JobRow, report: ResultReport) -> None:
     """Only what this attempt has stored can become part of its result."""
-    named = [report.prompt, report.state, *(figure.predictions for figure in report.evaluations)]
+    named = [report.prompt, report.artifact, report.state, *(figure.predictions for figure in report.evaluations)]
     staged = await queries.staged_files(session, job.id, job.attempt)
     if missing := sorted({digest for digest in named if digest} - set(staged)):
         raise Invalid(f"this attempt has not staged {', '.join(missing)}", missing=missing)

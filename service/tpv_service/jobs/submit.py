@@ -1,10 +1,15 @@
-"""How a job comes to be: checked, resolved to versions and fingerprints, and queued, in one transaction."""
+"""How a job comes to be: checked and resolved to versions and fingerprints, then queued in one transaction.
+
+What a job needs, and what else it may say, follows from its method's entry in `tpv.methods.METHODS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from fastapi import Request
 from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -18,43 +23,105 @@ from tpv.errors import (
     NotFound,
 )
 from tpv.methods import METHODS, Method
+from tpv.presets import PRESETS, preset_options
 from tpv.references import Reference
 from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
-from tpv.schemas.jobs import JobCreate, JobSpec, ResolvedDataset, ResolvedInitialization, ResolvedVector
+from tpv.schemas.jobs import Center, JobCreate, JobSpec, ResolvedDataset, ResolvedInitialization
+from tpv.schemas.similarity import Pool
 from tpv_service.datasets.queries import resolve_dataset
-from tpv_service.datasets.tables import DatasetVersionRow
 from tpv_service.jobs import queries
 from tpv_service.jobs.lifecycle import enqueue, resolved_vector, show
 from tpv_service.jobs.tables import JobRow, NeedRow
 from tpv_service.queue import Queue
-from tpv_service.registry.compatibility import check_same_initialization
-from tpv_service.registry.queries import resolve_initialization, resolve_version, vector_by_name
-from tpv_service.registry.tables import InitializationRow, VersionRow
+from tpv_service.registry.compatibility import check_same_initialization, label
+from tpv_service.registry.queries import resolve_initialization, resolve_version, resolve_versions, vector_by_name
+from tpv_service.registry.tables import BaseModelRow, InitializationRow, VersionRow
+from tpv_service.search.queries import Query, choose
+from tpv_service.search.scores import center_of
 
 _COMMON = frozenset({"method", "options", "seed", "queue", "priority", "description", "tags"})
-_TRAINING = frozenset({"shots", "shot_seed", "task_type"})
 
 
-async def submit_job(session: AsyncSession, queue: Queue, request: JobCreate, actor: str) -> JobRow:
-    """Makes the job, and the one that it needs first where there is one."""
+async def resolve_job(http: Request, session: AsyncSession, request: JobCreate) -> tuple[JobSpec, JobSpec | None]:
+    """What the job is to do, all references resolved, and what has to be done first: the target's own prompt tuning.
+
+    Refuses what would fail later. Reads alone, and gives the connection back where it waits, so it comes before the
+    first write of a transaction.
+    """
     method = _method(request.method)
-    options = _options(method, request.options, "options")
+    _check_members(method, request)
     if method.result == "initialization":
-        _check_members(request, needed={"base_model"}, optional={"output"})
-        return await _create(session, queue, request, actor, _initialize_spec(request, options))
-    if not method.transfers:
-        _check_members(request, needed={"initialization", "dataset", "output"}, optional=_TRAINING)
-        return await _create(session, queue, request, actor, await _tuning_spec(session, request, options))
-    _check_members(
-        request,
-        needed={"target", "sources", "dataset", "output"},
-        optional=_TRAINING | {"target_options", "initialization"},
+        return _initialize_spec(request, _options(method, request.options)), None
+
+    sources = await resolve_versions(session, request.sources) if request.sources else []
+    target = await _target(session, request.target) if request.target else None
+    version = target if isinstance(target, VersionRow) else None
+    target_name = _name_of(target) if target else None
+    _check_sources(sources, target_name)
+    initialization = await _initialization(session, request, [*sources, *([version] if version else [])])
+
+    dataset, rows = await _dataset(session, str(request.dataset), request.shots)
+    together = method.datasets == "together"
+    found = [await _dataset(session, ref, request.shots if together else None) for ref in request.datasets or ()]
+    further = [resolved for resolved, _ in found]
+    _check_datasets(method, dataset, further, sources)
+
+    output = _output(request.output) if request.output else None
+    if output is not None:
+        if output.path == target_name:
+            raise Invalid(f"the result needs a name of its own: {target_name} is the target's; set `output` to another")
+        await _check_output(session, output, tasks_of(method, dataset, further), request)
+    if isinstance(target, Reference):
+        await _check_output(session, target, [task_of(dataset)], request)
+
+    model = initialization.base_model
+    preset = _preset(request, method, model, rows + (sum(more for _, more in found) if together else 0))
+    options = _options(method, preset | request.options)
+    if request.reference_pool is not None and not options["center"]:
+        raise Invalid("reference_pool belongs to the option `center`, which is off")
+    query = Query(
+        label=target_name or "the target",
+        pooled=np.zeros(initialization.token_dim, dtype=np.float32),  # nothing is compared with it
+        initialization=initialization,
+        versions=[version] if version else [],
+        task=task_of(dataset),
     )
-    spec = await _transfer_spec(session, request, options)
-    if spec.target is not None:
+    spec = _spec(
+        request,
+        BaseModelReference(id=model.name, revision=model.revision, unpinned=model.unpinned),
+        options,
+        output,
+        preset=request.preset,
+        base_model_facts=BaseModelFacts(
+            digest=model.digest,
+            embedding_digest=model.embedding_digest,
+            architecture=model.architecture,
+            token_dim=model.token_dim,
+        ),
+        initialization=_resolved_initialization(initialization),
+        dataset=dataset,
+        datasets=further,
+        target=resolved_vector(version) if version else None,
+        target_name=target_name,
+        sources=[resolved_vector(source) for source in sources],
+        center=await _center(http, session, query, request.reference_pool) if options.get("center") else None,
+    )
+    if not isinstance(target, Reference):
+        return spec, None
+    tuning = METHODS["prompt-tuning"]
+    target_options = _preset(request, tuning, model, rows) | (request.target_options or {})
+    return spec, _tuning_of_target(spec, tuning, _options(tuning, target_options, "target_options"))
+
+
+async def submit_job(
+    session: AsyncSession, queue: Queue, request: JobCreate, spec: JobSpec, first: JobSpec | None, actor: str
+) -> JobRow:
+    """Makes the resolved job, and the one that it needs first; one like that which is on its way already is shared."""
+    if first is None:
         return await _create(session, queue, request, actor, spec)
-    first = await _target_job(session, queue, request, actor, spec)
-    return await _create(session, queue, request, actor, spec, needs=first)
+    shared = await queries.lock_live_job(session, first.model_dump(mode="json"))
+    needed = shared or await _create(session, queue, request, actor, first)
+    return await _create(session, queue, request, actor, spec, needs=needed)
 
 
 async def _create(
@@ -85,24 +152,6 @@ async def _create(
     return await queries.job_by_id(session, job.id)
 
 
-async def _target_job(session: AsyncSession, queue: Queue, request: JobCreate, actor: str, transfer: JobSpec) -> JobRow:
-    """The prompt tuning that makes the target's own vector; one that is on its way already is shared."""
-    method = METHODS["prompt-tuning"]
-    spec = transfer.model_copy(
-        update={
-            "method": method.name,
-            "options": _options(method, request.target_options or {}, "target_options"),
-            "output": transfer.target_name,
-            "target_name": None,
-            "sources": [],
-            "description": None,
-            "tags": {},
-        }
-    )
-    shared = await queries.lock_live_job(session, spec.model_dump(mode="json"))
-    return shared or await _create(session, queue, request, actor, spec)
-
-
 # --- Specifications --------------------------------------------------------------------------------------------------
 
 
@@ -114,63 +163,30 @@ def _initialize_spec(request: JobCreate, options: dict[str, Any]) -> JobSpec:
             f"base model {model.id!r} needs a revision (a commit, which never changes); to take whatever is there now, "
             "say unpinned: true"
         )
-    output = _output(request.output) if request.output else None
-    return _spec(request, options, output, model)
+    return _spec(request, model, options, _output(request.output) if request.output else None)
 
 
-async def _tuning_spec(session: AsyncSession, request: JobCreate, options: dict[str, Any]) -> JobSpec:
-    initialization = await resolve_initialization(session, str(request.initialization))
-    dataset = await _dataset(session, request)
-    output = _output(str(request.output))
-    await _check_output(session, output, dataset, request)
-    return _spec(
-        request,
-        options,
-        output,
-        *_model_of(initialization),
-        initialization=_resolved_initialization(initialization),
-        dataset=dataset,
-    )
-
-
-async def _transfer_spec(session: AsyncSession, request: JobCreate, options: dict[str, Any]) -> JobSpec:
-    sources = [await resolve_version(session, reference) for reference in request.sources or ()]
-    target = await _target(session, str(request.target))
-    check_same_initialization([*sources, *([target] if isinstance(target, VersionRow) else [])])
-    initialization = sources[0].initialization
-    if request.initialization is not None:
-        await _check_initialization(session, request.initialization, initialization)
-    target_name = target.path if isinstance(target, Reference) else f"{target.vector.namespace}/{target.vector.name}"
-    output = _output(str(request.output))
-    if output.path == target_name:
-        raise Invalid(f"the result needs a name of its own: {target_name} is the target's; set `output` to another")
-    _check_sources(sources, target_name)
-    dataset = await _dataset(session, request)
-    await _check_output(session, output, dataset, request)
-    resolved: ResolvedVector | None = None
-    if isinstance(target, VersionRow):
-        resolved = resolved_vector(target)
-    else:
-        await _check_output(session, target, dataset, request)
-    return _spec(
-        request,
-        options,
-        output,
-        *_model_of(initialization),
-        initialization=_resolved_initialization(initialization),
-        dataset=dataset,
-        target=resolved,
-        target_name=target_name,
-        sources=[resolved_vector(source) for source in sources],
+def _tuning_of_target(transfer: JobSpec, method: Method, options: dict[str, Any]) -> JobSpec:
+    """The prompt tuning that makes the target's own vector."""
+    return transfer.model_copy(
+        update={
+            "method": method.name,
+            "options": options,
+            "output": transfer.target_name,
+            "target_name": None,
+            "sources": [],
+            "center": None,
+            "description": None,
+            "tags": {},
+        }
     )
 
 
 def _spec(
     request: JobCreate,
+    base_model: BaseModelReference,
     options: dict[str, Any],
     output: Reference | None,
-    base_model: BaseModelReference,
-    base_model_facts: BaseModelFacts | None = None,
     **resolved: Any,
 ) -> JobSpec:
     return JobSpec(
@@ -178,7 +194,6 @@ def _spec(
         options=options,
         output=output.path if output else None,
         base_model=base_model,
-        base_model_facts=base_model_facts,
         shots=request.shots,
         shot_seed=request.shot_seed,
         seed=request.seed,
@@ -189,10 +204,22 @@ def _spec(
     )
 
 
-def task_of(dataset: str) -> str:
+def task_of(dataset: ResolvedDataset) -> str:
     """The task of a vector that was tuned on this data set: its reference without version, `cr` for `default/cr:1`."""
-    reference = Reference.parse(dataset)
-    return reference.path.removeprefix("default/")
+    return Reference.parse(dataset.reference).path.removeprefix("default/")
+
+
+def tasks_of(method: Method, dataset: ResolvedDataset, further: Sequence[ResolvedDataset]) -> list[str]:
+    """The tasks of the vector that the method makes of these data sets, in the order of their names."""
+    together = further if method.datasets == "together" else ()
+    return sorted(map(task_of, (dataset, *together)))
+
+
+async def _center(http: Request, session: AsyncSession, query: Query, pool: Pool | None) -> Center:
+    """The mean pooled vector of the reference pool, in which nothing is of the target's task or made from it."""
+    candidates = await choose(http, session, query, pool or Pool(), allow_same_task=False)
+    mean = await center_of(candidates, "center")
+    return Center(vector=mean.tolist(), size=candidates.size, rule=candidates.rule)
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
@@ -204,7 +231,33 @@ def _method(name: str) -> Method:
     return METHODS[name]
 
 
-def _options(method: Method, values: Mapping[str, Any], member: str) -> dict[str, Any]:
+def _check_members(method: Method, request: JobCreate) -> None:
+    """Each method has members that it needs and such that would mean nothing: saying them is an error."""
+    if method.result == "initialization":
+        needed, optional = {"base_model"}, {"output"}
+    else:
+        needed = {"dataset", "sources" if method.sources else "initialization"}
+        optional = {"initialization", "preset", "shots", "shot_seed"}
+        if method.result == "vector":
+            needed.add("output")
+            optional.add("task_type")
+        if method.target:
+            needed.add("target")
+            optional.add("target_options")
+        if method.datasets == "together" and method.sources:
+            optional.add("datasets")
+        elif method.datasets:  # without sources, only several tasks make the method more than prompt tuning
+            needed.add("datasets")
+        if "center" in method.options.model_fields:
+            optional.add("reference_pool")
+    given = {name for name in request.model_fields_set if getattr(request, name) is not None}
+    if missing := sorted(needed - given):
+        raise Invalid(f"a job of the method {method.name} needs {', '.join(missing)}", missing=missing)
+    if superfluous := sorted(given - needed - optional - _COMMON):
+        raise Invalid(f"a job of the method {method.name} takes no {', '.join(superfluous)}", superfluous=superfluous)
+
+
+def _options(method: Method, values: Mapping[str, Any], member: str = "options") -> dict[str, Any]:
     """All options of the method, defaults filled in."""
     try:
         return method.options.model_validate(values).model_dump(mode="json")
@@ -222,13 +275,17 @@ def _options(method: Method, values: Mapping[str, Any], member: str) -> dict[str
         ) from error
 
 
-def _check_members(request: JobCreate, *, needed: Set[str], optional: Set[str]) -> None:
-    """Each method has members that it needs and such that would mean nothing: saying them is an error."""
-    given = {name for name in request.model_fields_set if getattr(request, name) is not None}
-    if missing := sorted(needed - given):
-        raise Invalid(f"a {request.method} job needs {', '.join(missing)}", missing=missing)
-    if superfluous := sorted(given - needed - optional - _COMMON):
-        raise Invalid(f"a {request.method} job takes no {', '.join(superfluous)}", superfluous=superfluous)
+def _preset(request: JobCreate, method: Method, model: BaseModelRow, rows: int) -> dict[str, Any]:
+    """What the preset says of the method, for a training on so many rows."""
+    if request.preset is None:
+        return {}
+    few_shot = request.shots is not None
+    try:
+        return preset_options(
+            request.preset, method.name, model.architecture, model.token_dim, train_rows=rows, few_shot=few_shot
+        )
+    except ValueError as error:
+        raise InvalidOptions(f"preset: {error}", allowed=[*PRESETS]) from error
 
 
 def _output(text: str) -> Reference:
@@ -249,39 +306,64 @@ async def _target(session: AsyncSession, text: str) -> VersionRow | Reference:
         return reference
 
 
-def _check_sources(sources: Sequence[VersionRow], target_name: str) -> None:
+def _name_of(target: VersionRow | Reference) -> str:
+    return target.path if isinstance(target, Reference) else f"{target.vector.namespace}/{target.vector.name}"
+
+
+def _check_sources(sources: Sequence[VersionRow], target_name: str | None) -> None:
     for source in sources:
-        if f"{source.vector.namespace}/{source.vector.name}" == target_name:
+        if _name_of(source) == target_name:
             raise Invalid(f"{target_name} is the target; it cannot be a source of itself too")
     references = [resolved_vector(source).reference for source in sources]
     if twice := sorted({reference for reference in references if references.count(reference) > 1}):
         raise Invalid(f"a source is named twice: {', '.join(twice)}")
 
 
-async def _check_initialization(session: AsyncSession, text: str, common: InitializationRow) -> None:
-    asked = await resolve_initialization(session, text)
-    if asked.id != common.id:
+async def _initialization(
+    session: AsyncSession, request: JobCreate, versions: Sequence[VersionRow]
+) -> InitializationRow:
+    """The initialization that is asked for and that the vectors have; raises IncompatibleVectors where these differ."""
+    asked = await resolve_initialization(session, request.initialization) if request.initialization else None
+    if versions:
+        check_same_initialization(versions)
+    common = versions[0].initialization if versions else asked
+    assert common is not None  # _check_members
+    if asked is not None and asked.id != common.id:
         raise IncompatibleVectors(
-            f"the sources' initialization is {common.name or common.id}, the one asked for {asked.name or asked.id}",
+            f"the sources' initialization is {label(common)}, the one asked for {label(asked)}",
             differences={"fingerprint": [common.fingerprint, asked.fingerprint]},
         )
+    return common
 
 
-async def _dataset(session: AsyncSession, request: JobCreate) -> ResolvedDataset:
-    row = await resolve_dataset(session, str(request.dataset))
+async def _dataset(session: AsyncSession, reference: str, shots: int | None) -> tuple[ResolvedDataset, int]:
+    """The data set, and how many of its rows are trained on."""
+    row = await resolve_dataset(session, reference)
     train = next((split.rows for split in row.splits if split.name == "train"), 0)
-    if train < (request.shots or 1):
-        raise InvalidDataset(
-            f"data set {request.dataset} has {train} rows in the split train; {request.shots or 1} needed"
+    if train < (shots or 1):
+        raise InvalidDataset(f"data set {reference} has {train} rows in the split train; {shots or 1} needed")
+    resolved = ResolvedDataset(
+        reference=f"{row.dataset.namespace}/{row.dataset.name}:{row.number}",
+        dataset_id=row.id,
+        fingerprint=row.fingerprint,
+    )
+    return resolved, shots or train
+
+
+def _check_datasets(
+    method: Method, dataset: ResolvedDataset, further: Sequence[ResolvedDataset], sources: Sequence[VersionRow]
+) -> None:
+    if method.datasets == "sources" and len(further) != len(sources):
+        raise Invalid(
+            f"{method.name} reads the sources' own data: name one data set for each source, in their order, as "
+            f"`datasets`; there are {len(sources)} sources and {len(further)} data sets"
         )
-    return ResolvedDataset(reference=_dataset_reference(row), dataset_id=row.id, fingerprint=row.fingerprint)
+    tasks = tasks_of(method, dataset, further)
+    if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+        raise Invalid(f"a data set is named twice: {', '.join(twice)}")
 
 
-def _dataset_reference(row: DatasetVersionRow) -> str:
-    return f"{row.dataset.namespace}/{row.dataset.name}:{row.number}"
-
-
-async def _check_output(session: AsyncSession, output: Reference, dataset: ResolvedDataset, request: JobCreate) -> None:
+async def _check_output(session: AsyncSession, output: Reference, tasks: list[str], request: JobCreate) -> None:
     """Refuses at once what would be refused after hours of training: a name that cannot take the result."""
     try:
         vector = await vector_by_name(session, output.namespace, str(output.name), deleted=True)
@@ -289,12 +371,11 @@ async def _check_output(session: AsyncSession, output: Reference, dataset: Resol
         return
     if vector.deleted_at:
         raise Conflict(f"vector {output.path} was deleted; bring it back: tpv vector restore {output.path}")
-    task = task_of(dataset.reference)
-    if vector.tasks != [task]:
+    if vector.tasks != tasks:
         raise Conflict(
-            f"{output.path} is of task {', '.join(vector.tasks) or '(none)'}, the job's is {task}; "
+            f"{output.path} is of task {', '.join(vector.tasks) or '(none)'}, the job's is {', '.join(tasks)}; "
             "use another name for the result",
-            differences={"task": [vector.tasks, [task]]},
+            differences={"task": [vector.tasks, tasks]},
         )
     if request.task_type and request.task_type != vector.task_type:
         raise Conflict(
@@ -303,22 +384,9 @@ async def _check_output(session: AsyncSession, output: Reference, dataset: Resol
         )
 
 
-def _model_of(initialization: InitializationRow) -> tuple[BaseModelReference, BaseModelFacts]:
-    model = initialization.base_model
-    return (
-        BaseModelReference(id=model.name, revision=model.revision, unpinned=model.unpinned),
-        BaseModelFacts(
-            digest=model.digest,
-            embedding_digest=model.embedding_digest,
-            architecture=model.architecture,
-            token_dim=model.token_dim,
-        ),
-    )
-
-
 def _resolved_initialization(row: InitializationRow) -> ResolvedInitialization:
     return ResolvedInitialization(
-        reference=f"{row.namespace}/{row.name}" if row.name else str(row.id),
+        reference=label(row),
         initialization_id=row.id,
         fingerprint=row.fingerprint,
     )

@@ -10,7 +10,7 @@ from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, ForeignKeyConstr
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from tpv_service.db import CreatedAt, Id, Table
-from tpv_service.registry.tables import VersionRow
+from tpv_service.registry.tables import EvaluationRow, VersionRow
 
 
 class JobRow(Table):
@@ -40,6 +40,9 @@ class JobRow(Table):
     result_version_id: Mapped[UUID | None] = mapped_column(ForeignKey("versions.id"))
     result_initialization_id: Mapped[UUID | None] = mapped_column(ForeignKey("initializations.id"))
     result_created: Mapped[bool | None]
+    artifact: Mapped[str | None]  #: digest of the stored safetensors file, where the result is one
+    artifact_size: Mapped[int | None] = mapped_column(BigInteger)
+    provenance: Mapped[dict[str, Any] | None]  #: of a result that is no version
     actor: Mapped[str]
     created_at: Mapped[CreatedAt]
     started_at: Mapped[datetime | None]
@@ -48,6 +51,7 @@ class JobRow(Table):
     attempts: Mapped[list[AttemptRow]] = relationship(lazy="raise", order_by="AttemptRow.number")
     needs: Mapped[list[NeedRow]] = relationship(lazy="raise", foreign_keys="NeedRow.job_id")
     result_version: Mapped[VersionRow | None] = relationship(lazy="raise", foreign_keys=result_version_id)
+    evaluations: Mapped[list[EvaluationRow]] = relationship(lazy="raise", order_by="EvaluationRow.id")
 
 
 class NeedRow(Table):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tpv.schemas.jobs import Attempt, Job, JobSpec, Progress
+from tpv.schemas.jobs import Artifact, Attempt, Job, JobSpec, Progress
+from tpv.schemas.vectors import Evaluation
 from tpv_service.jobs.tables import JobRow
 from tpv_service.registry.views import version_reference
 
@@ -28,7 +29,10 @@ def job_view(row: JobRow) -> Job:
         attempts=[Attempt.model_validate(attempt) for attempt in row.attempts],
         result=result,
         result_created=row.result_created,
+        artifact=Artifact(digest=row.artifact, size=row.artifact_size or 0) if row.artifact else None,
         metrics=row.metrics,
+        provenance=row.provenance,
+        evaluations=[Evaluation.model_validate(evaluation) for evaluation in row.evaluations],
         actor=row.actor,
         created_at=row.created_at,
         started_at=row.started_at,

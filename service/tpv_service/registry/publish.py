@@ -409,6 +409,7 @@ async def _figures_of(session: AsyncSession, versions: Sequence[UUID]) -> dict[U
     figures: dict[UUID, set[tuple[Any, ...]]] = {}
     if versions:
         for row in await session.scalars(select(EvaluationRow).where(EvaluationRow.version_id.in_(versions))):
+            assert row.version_id is not None  # one of those asked for
             figures.setdefault(row.version_id, set()).add(_figure(row))
     return figures
 

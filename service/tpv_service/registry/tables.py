@@ -184,13 +184,17 @@ class ChangeRow(Table):
 
 
 class EvaluationRow(Table):
-    """One measured figure of a version, with its predictions when a job made it."""
+    """One measured figure of a version, or of a job whose result is none, with its predictions when a job made it."""
 
     __tablename__ = "evaluations"
-    __table_args__ = (Index(None, "version_id"),)
+    __table_args__ = (
+        Index(None, "version_id"),
+        Index(None, "job_id"),
+        CheckConstraint("version_id is not null or job_id is not null", name="owner"),
+    )
 
     id: Mapped[Id]
-    version_id: Mapped[UUID] = mapped_column(ForeignKey(VersionRow.id))
+    version_id: Mapped[UUID | None] = mapped_column(ForeignKey(VersionRow.id))
     dataset: Mapped[str]
     split: Mapped[str]
     metric: Mapped[str]

@@ -44,10 +44,12 @@ class Query:
     versions: list[VersionRow] = field(default_factory=list)  #: itself, or its terms; none for an uploaded vector
     weights: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  #: of the versions
     uploaded: Float32 | None = None  #: (r, d)
+    task: str | None = None  #: of a target that has no version yet
 
     @property
     def tasks(self) -> list[str]:
-        return sorted({task for version in self.versions for task in version.vector.tasks})
+        own = {task for version in self.versions for task in version.vector.tasks}
+        return sorted(own | {self.task} if self.task else own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,7 @@ async def choose(
         if pool.references is not None
         else _family(request, session, query, pool)
     )
-    if keep_query or not query.versions:
+    if keep_query or not (query.versions or query.task):
         return base
     doubtful = await _doubtful(
         session,

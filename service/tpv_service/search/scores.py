@@ -82,13 +82,18 @@ async def measure(
     if not metric.endswith("-centered"):
         return Measure(metric=metric)
     pool = await choose(request, session, query, reference_pool or Pool())
+    return Measure(metric=metric, center=await center_of(pool, metric))
+
+
+async def center_of(pool: Candidates, asked: str) -> Float32:
+    """The mean (d,) of a reference pool; raises Invalid, naming what was `asked`, for one too small to centre on."""
     if pool.size < CENTRE_LEAST:
         raise Invalid(
-            f"{metric}: the reference pool has {pool.size} vectors without the query, at least {CENTRE_LEAST} are "
-            "needed, for few vectors are pushed apart by centring alone; name a larger reference_pool, or use "
-            f"{metric.removesuffix('-centered')}"
+            f"{asked}: the reference pool has {pool.size} vectors without the query, at least {CENTRE_LEAST} are "
+            "needed, for few vectors are pushed apart by centring alone; name a larger reference_pool, or leave "
+            "centring out"
         )
-    return Measure(metric=metric, center=await run_in_threadpool(_mean, pool))
+    return await run_in_threadpool(_mean, pool)
 
 
 def _mean(pool: Candidates) -> Float32:

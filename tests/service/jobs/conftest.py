@@ -38,7 +38,7 @@ async def registry(client: tpv.AsyncClient) -> tpv.AsyncClient:
     return client
 
 
-async def tune(client: tpv.AsyncClient, output: str = "cr-own", **changes: object) -> Job:
+async def tune(client: tpv.AsyncClient, output: str | None = "cr-own", **changes: object) -> Job:
     members = {"dataset": "cr", "initialization": "family", "output": output, "steps": 5, **changes}
     return await client.jobs.tune(**members)  # type: ignore[arg-type]
 

@@ -91,11 +91,70 @@ async def test_an_initialize_job_makes_an_initialization(client: AsyncClient):
     assert np.array_equal(await client.initializations.load("drawn"), START)
 
 
+async def test_an_artifact_its_evaluations_and_success_appear_together(registry: AsyncClient, http, tmp_path):
+    job = await tune(registry, None, method="lora", steps=2)
+    worker = await Worker.takes(registry, job)
+    with pytest.raises(errors.NotFound, match="has no artifact: it is a running job of lora"):
+        await registry.jobs.download(job, tmp_path / "early.safetensors")
+    content = files.dump({"layer.A": START, "layer.B": START[:1]}, {"method": "lora"})
+    staged = await registry.jobs.stage(job, worker.number, content)
+    predictions = await registry.jobs.stage(job, worker.number, b'{"prediction": "yes", "target": "no"}\n')
+    report = ResultReport(
+        artifact=staged.digest,
+        evaluations=[figure(0.75, predictions.digest)],
+        metrics={"validation/accuracy": 0.75},
+        provenance={"best_step": 2},
+    )
+    done = await registry.jobs.complete(job, worker.number, report)
+    again = await registry.jobs.complete(job, worker.number, report)
+
+    assert done == again == await registry.jobs.get(job)
+    assert (done.state, done.output, done.result) == ("succeeded", None, None)
+    assert (done.artifact.digest, done.artifact.size) == (staged.digest, len(content))
+    assert (done.metrics, done.provenance) == ({"validation/accuracy": 0.75}, {"best_step": 2})
+    [evaluation] = done.evaluations
+    assert (evaluation.value, evaluation.job, evaluation.predictions) == (0.75, job.id, predictions.digest)
+    assert await registry.vectors.predictions(evaluation) == [{"prediction": "yes", "target": "no"}]
+    saved = await registry.jobs.download(job.id, tmp_path / "lora.safetensors")
+    assert saved.read_bytes() == content
+    url = f"/api/v1/jobs/{job.id}/artifact"
+    answer = await http.get(url, headers={"Range": "bytes=0-7"})
+    assert (answer.status_code, answer.content, answer.headers["ETag"]) == (206, content[:8], f'"{staged.digest}"')
+    assert (await http.get(url, headers={"If-None-Match": f'"{staged.digest}"'})).status_code == 304
+    assert {vector.name async for vector in registry.vectors.list()} == {"mnli", "qnli"}
+
+
+async def test_a_job_of_figures_alone_has_nothing_to_download(registry: AsyncClient, tmp_path):
+    job = await tune(registry, None, method="full", steps=2)
+    done = await registry.jobs.complete(
+        job, (await Worker.takes(registry, job)).number, ResultReport(evaluations=[figure(0.5)], metrics={"loss": 1.0})
+    )
+
+    assert (done.state, done.result, done.artifact, done.metrics) == ("succeeded", None, None, {"loss": 1.0})
+    assert [e.value for e in (await registry.jobs.get(job)).evaluations] == [0.5]
+    with pytest.raises(errors.NotFound, match="has no artifact: it is a succeeded job of full"):
+        await registry.jobs.download(job, tmp_path / "full.safetensors")
+
+
+async def test_a_version_s_figures_are_its_job_s_too(registry: AsyncClient):
+    job = await tune(registry)
+    done = await (await Worker.takes(registry, job)).succeeds(tuned(1), evaluations=[figure(0.5)])
+
+    assert done.evaluations == (await registry.vectors.get("cr-own")).evaluations
+
+
 async def test_the_same_content_again_is_the_version_that_is_there(registry: AsyncClient):
     for created in (True, False):
         job = await tune(registry)
         done = await (await Worker.takes(registry, job)).succeeds(tuned(1))
         assert (done.result, done.result_created) == ("default/cr-own:1", created)
+
+
+async def test_warnings_are_events(registry: AsyncClient):
+    job = await tune(registry)
+    await (await Worker.takes(registry, job)).tells(event("warning", message="the group flaps"))
+
+    assert (await registry.jobs.events(job)).items[-1].data == {"message": "the group flaps"}
 
 
 async def test_events_are_followed_and_show_where_the_job_is(registry: AsyncClient):
@@ -196,6 +255,43 @@ async def test_a_result_is_made_of_what_this_attempt_has_staged(registry: AsyncC
 
     assert await registry.jobs.staged(job, first.number, theirs) == files.dump({"prompt": tuned(1)})
     assert (await registry.jobs.get(job)).state == "running"
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "text"),
+    [
+        ("prompt-tuning", "artifact", r"result of prompt-tuning is vector: .* one file, `prompt`, not artifact"),
+        ("lora", "prompt", r"result of lora is artifact: .* one file, `artifact`, not prompt"),
+        ("full", "artifact", r"result of full is metrics: .* no file, not artifact"),
+        ("lora", None, r"result of lora is artifact: .* one file, `artifact`, not none"),
+    ],
+)
+async def test_a_result_is_of_the_kind_that_its_method_gives(
+    registry: AsyncClient, method: str, given: str | None, text: str
+):
+    job = await tune(registry, "out" if method == "prompt-tuning" else None, method=method)
+    worker = await Worker.takes(registry, job)
+    members = {given: await worker.stages(tuned(1))} if given else {}
+    with pytest.raises(errors.Invalid, match=text):
+        await registry.jobs.complete(job, worker.number, ResultReport.model_validate(members))
+    assert (await registry.jobs.get(job)).state == "running"
+
+
+async def test_an_artifact_is_what_this_attempt_has_staged(registry: AsyncClient):
+    job = await tune(registry, None, method="lora")
+    first = await Worker.takes(registry, job)
+    report = ResultReport(artifact=await first.stages(tuned(1)))
+    second = await Worker.takes(registry, job)
+    with pytest.raises(errors.StaleAttempt, match="attempt 2 took over"):
+        await registry.jobs.complete(job, first.number, report)
+    with pytest.raises(errors.Invalid, match="has not staged"):
+        await registry.jobs.complete(job, second.number, report)
+    staged = await registry.jobs.stage(job, second.number, b"no tensor")
+    with pytest.raises(errors.InvalidTensor):
+        await registry.jobs.complete(job, second.number, ResultReport(artifact=staged.digest))
+
+    found = await registry.jobs.get(job)
+    assert (found.state, found.artifact, found.evaluations) == ("running", None, [])
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def settings(settings: Settings) -> Settings:
         ("GET", "/api/v1/jobs", ANYBODY),
         ("GET", JOB, ANYBODY),
         ("GET", f"{JOB}/events", ANYBODY),
+        ("GET", f"{JOB}/artifact", ANYBODY),
         ("GET", f"{JOB}/attempts/1/staged/sha256:0", ANYBODY),
         ("POST", "/api/v1/jobs", WRITERS),
         ("POST", f"{JOB}/cancel", WRITERS),

@@ -73,6 +73,10 @@ class Predictions:
     #: decoder, or of a decoder that is alone. Empty unless asked for.
     hidden: Sequence[tuple[Tensor, Tensor]] = ()
 
+    def cross_entropy(self) -> Tensor:
+        """Mean over the targets' tokens, in nats: a scalar."""
+        return cross_entropy(self.logits.flatten(0, 1), self.labels.flatten())
+
 
 class Backbone(ABC):
     """A frozen model that reads a `Prompt` in front of its sources, and its tokenizer."""
@@ -187,8 +191,7 @@ class Backbone(ABC):
 
     def loss(self, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
         """Mean cross entropy, in nats, over all tokens of the batch's targets: a scalar, differentiable."""
-        predictions = self.predictions(prompt, batch)
-        return cross_entropy(predictions.logits.flatten(0, 1), predictions.labels.flatten())
+        return self.predictions(prompt, batch).cross_entropy()
 
     @abstractmethod
     def predictions(self, prompt: Prompt, batch: Sequence[Example], *, hidden: bool = False) -> Predictions:

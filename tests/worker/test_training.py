@@ -124,6 +124,30 @@ def test_training_stops_when_the_running_loss_is_low(backbone: Backbone, prompt:
     assert [event["type"] for event in events] == ["progress", "evaluation"]
 
 
+def test_training_stops_when_validation_gets_no_better(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    method = prompt_tuning(backbone, prompt, steps=90, evaluate_every=3, patience=4, schedule="constant")
+    result = run(backbone, method, rows, rows[:6])
+    best = [value for _, value in result.validations].index(result.best_value)
+    assert len(result.validations) == best + 1 + 4
+    assert result.steps == result.best_step + 4 * 3 < 90
+
+
+@pytest.mark.parametrize("make", [prompt_tuning, dtvg])
+def test_a_batch_in_parts_is_the_whole_batch(backbone: Backbone, prompt: Tensor, rows: list[Row], make: Make) -> None:
+    """Targets of different lengths: a mean of the parts' means would be another number."""
+    mixed = [Row(row.source, " ".join(["w9"] * (1 + i % 5))) for i, row in enumerate(rows)]
+    task = Task(train=mixed, label_words=None)
+    results = []
+    for parts in (1, 3, 20):  # the last one: more parts than rows
+        method = make(backbone, prompt, accumulation=parts, steps=5, learning_rate=0.01)
+        results.append(train(backbone, method, [task], options=method.options, seed=0))
+    whole, *others = results
+    for other in others:
+        assert other.loss == pytest.approx(whole.loss, rel=1e-5)
+        assert other.groups == whole.groups
+        torch.testing.assert_close(prompt_of(other), prompt_of(whole), rtol=0, atol=1e-4)
+
+
 def test_the_first_step_with_a_loss_that_is_no_number_is_named(
     backbone: Backbone, prompt: Tensor, rows: list[Row]
 ) -> None:
@@ -183,6 +207,25 @@ def test_schedules() -> None:
     )
     constant = TrainingOptions(steps=10, warmup_steps=1, schedule="constant")
     assert [rate(step, constant) for step in range(1, 11)] == [0.5] + [1.0] * 9
+    cosine = TrainingOptions(steps=5, warmup_steps=1, schedule="cosine")
+    assert [rate(step, cosine) for step in range(1, 6)] == pytest.approx(
+        [1 / 2, 1, (1 + 0.5**0.5) / 2, 1 / 2, (1 - 0.5**0.5) / 2]
+    )
+
+
+def test_each_parameter_group_follows_the_schedule_at_its_own_rate(
+    backbone: Backbone, prompt: Tensor, rows: list[Row]
+) -> None:
+    """AdamW's first step moves every number by the rate, whatever its gradient."""
+    options = {"steps": 1, "warmup_steps": 3, "weight_decay": 0.0, "adam_epsilon": 1e-20}
+    method = dtvg(backbone, prompt, learning_rate=0.4, source_scale_learning_rate=0.8, **options)
+    start = method.T_t.detach().clone()
+    tensors = run(backbone, method, rows, []).snapshot.tensors
+    torch.testing.assert_close((tensors["target_vector"] - start).abs(), torch.full_like(start, 0.1))
+    group = list(method.members)
+    assert group
+    moved = (tensors["source_scales"][group] - 1).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.2))
 
 
 def test_a_clipped_gradient_has_the_norm_asked_for(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:

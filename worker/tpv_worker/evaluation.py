@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from tpv.methods import TrainingOptions
+from tpv_worker import parallel
 from tpv_worker.backbone import Backbone, Prompt
 from tpv_worker.data import Example, Row
 
@@ -41,8 +42,9 @@ def evaluate(
     labels = [backbone.target_tokens(word) for word in label_words or ()]
     # Rows of about equal length together: the answer does not depend on padding, the time does.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].source))
-    predictions = [""] * len(examples)
-    for start in range(0, len(order), options.batch_size):
+    found: dict[int, str] = {}
+    rank, size = parallel.place()
+    for start in range(rank * options.batch_size, len(order), size * options.batch_size):
         indices = order[start : start + options.batch_size]
         batch = [examples[i] for i in indices]
         if label_words:
@@ -50,8 +52,9 @@ def evaluate(
             texts = [label_words[i] for i in best]
         else:  # one token more than a target has, so that a text which only begins like the target is not cut to it
             texts = backbone.generate(prompt, batch, options.max_target_tokens + 1)
-        for i, text in zip(indices, texts, strict=True):
-            predictions[i] = text.strip()
+        found |= {i: text.strip() for i, text in zip(indices, texts, strict=True)}
+    found = {i: text for part in parallel.gathered(found) for i, text in part.items()}
+    predictions = [found[i] for i in range(len(examples))]
     return _accuracy(predictions, [example.text for example in examples])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from tpv.methods import TrainingOptions
+from tpv_worker import parallel
 from tpv_worker.backbone import Backbone
 from tpv_worker.data import Task, batches
 from tpv_worker.errors import DataError, TrainingDiverged
@@ -60,7 +61,10 @@ def train(
 
     On a CPU the same arguments give the same bytes; the global random state is neither read nor changed. The training
     loss is looked at every LOG_EVERY steps and before each validation: that is when it is reported, when `stop_below`
-    ends the run, and when a NaN is found.
+    ends the run, and when a NaN is found. Nothing else waits for the device.
+
+    A batch is computed in `accumulation` parts, whose losses are weighted by their target tokens: the result is that of
+    the whole batch. Processes that train together (`tpv_worker.parallel`) share each batch in the same way.
 
     `report` gets {"type": "progress", step, steps, loss, learning_rate}, {"type": "group", step, members} and
     {"type": "evaluation", step, metric, value}; what it raises ends the run.
@@ -95,10 +99,11 @@ def train(
     group_history: list[tuple[int, tuple[int, ...]]] = []
     validations: list[tuple[int, float]] = []
     best, best_step, best_value = method.snapshot(), 0, -math.inf
+    misses = 0  # validations since the best one
 
     def judge(step: int) -> None:
         """Keeps the method's present answer if it is the best one so far."""
-        nonlocal best, best_step, best_value
+        nonlocal best, best_step, best_value, misses
         candidate = method.snapshot()
         if not all(tensor.isfinite().all() for tensor in tensors_of(candidate)):
             raise TrainingDiverged(step, "soft prompt")
@@ -111,24 +116,33 @@ def train(
             validations.append((step, value))
             report({"type": "evaluation", "step": step, "metric": "accuracy", "value": value})
         if value > best_value:
-            best, best_step, best_value = candidate, step, value
+            best, best_step, best_value, misses = candidate, step, value, 0
+        else:
+            misses += 1
 
     step = 0
     if options.steps == 0:
         judge(step)
     for step in range(1, options.steps + 1):
-        share = rate(step, options)
+        slowed = rate(step, options)
         for group, full_rate in zip(optimizer.param_groups, full_rates, strict=True):
-            group["lr"] = share * full_rate
+            group["lr"] = slowed * full_rate
 
-        loss = method.loss(backbone, method.prompt(), [examples[i] for i in next(order)])
-        loss.backward()  # type: ignore[no-untyped-call]
+        prompt = method.prompt()
+        shares = parallel.shares([examples[i] for i in next(order)], options.accumulation)
+        losses = []
+        for part, share in shares:
+            loss = share * method.loss(backbone, prompt, part)
+            # The parts have the prompt's own graph in common; the model's is gone with the loss.
+            loss.backward(retain_graph=len(shares) > 1)  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        parallel.sum_gradients(parameters)
         if options.clip_norm is not None:
             clip_grad_norm_(parameters, options.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # None, not zero: AdamW then leaves an unused parameter alone
 
-        recent.append(loss.detach())
+        recent.append(torch.stack(losses).sum())
         if method.members is not None and method.members != members:
             members = method.members
             group_history.append((step, members))
@@ -137,7 +151,7 @@ def train(
         last = step == options.steps
         due = last or step % options.evaluate_every == 0
         if due or step % LOG_EVERY == 0:
-            for past, value in enumerate(torch.stack(recent).tolist(), step + 1 - len(recent)):
+            for past, value in enumerate(parallel.summed(torch.stack(recent)).tolist(), step + 1 - len(recent)):
                 if not math.isfinite(value):
                     raise TrainingDiverged(past, "loss")
                 running = value if running is None else SMOOTHING * running + (1 - SMOOTHING) * value
@@ -148,14 +162,14 @@ def train(
                     "step": step,
                     "steps": options.steps,
                     "loss": running,
-                    "learning_rate": share * full_rates[0],
+                    "learning_rate": slowed * full_rates[0],
                 }
             )
             last = last or (options.stop_below is not None and running is not None and running < options.stop_below)
 
         if last or (due and validation):
             judge(step)
-        if last:
+        if last or misses == options.patience:
             break
 
     if method.artifact:
@@ -188,9 +202,10 @@ def on_cpu(snapshot: Snapshot) -> Snapshot:
 
 
 def rate(step: int, options: TrainingOptions) -> float:
-    """Share of the full learning rate at a step counted from 1: linear warm-up, then constant or linear to zero."""
+    """Share of the full learning rate at a step counted from 1: linear warm-up, then constant or down towards zero."""
     if step <= options.warmup_steps:
         return step / (options.warmup_steps + 1)
     if options.schedule == "constant":
         return 1.0
-    return (options.steps + 1 - step) / (options.steps - options.warmup_steps)
+    left = (options.steps + 1 - step) / (options.steps - options.warmup_steps)  # 1 at first, just above 0 at last
+    return left if options.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2

@@ -74,6 +74,9 @@ class JobBars:
             case "evaluation":
                 split = f"{data['split']} " if data.get("split") else ""
                 said["metric"] = f"{split}{data.get('metric', '')} {_number(data.get('value'))}"
+            case "warning":
+                self._bars.print(Text(f"{job.method} {job.output or job.id}: {data.get('message', '')}", "yellow"))
+                return
             case "group":
                 members = [str(member).removeprefix("default/") for member in data.get("members") or ()]
                 said["group"] = "group " + (" + ".join(members) if members else "empty")

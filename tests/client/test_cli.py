@@ -19,6 +19,7 @@ from tests.client.conftest import Run, line
 from tpv import errors, files
 from tpv.cli import main as cli
 from tpv.cli.errors import HINTS, explain
+from tpv.methods import METHODS, DtvgOptions
 
 PROMPT = np.ones((2, 3), np.float32)
 
@@ -431,6 +432,47 @@ def test_a_transfer_waits_for_the_targets_own_tuning_too(run: Run, registry: Any
     assert (body["method"], body["sources"], body["target_options"]) == ("dtvg", ["sst2", "mr"], {"steps": 5})
 
 
+def test_a_job_may_read_several_data_sets_and_take_a_preset(run: Run, registry: Any, wire: Any) -> None:
+    registry.on("POST /jobs", wire.job("queued"))
+    assert run("job", "tune", "-d", "cr", "-d", "mr", "-i", "family", "--preset", "tpv-paper", "--output", "both",
+               "--method", "spot-multitask", "--no-wait").code == 0  # fmt: skip
+    assert run("job", "transfer", "--method", "tpv-sum", "-s", "sst2", "-d", "cr", "--output", "new", "--steps", 0,
+               "--reference", "a", "--reference", "b", "--no-wait").code == 0  # fmt: skip
+    tuning, transfer = [json.loads(request.content) for request in registry.asked("POST /jobs")]
+    assert (tuning["dataset"], tuning["datasets"], tuning["preset"]) == ("cr", ["mr"], "tpv-paper")
+    assert (transfer["options"], transfer["reference_pool"]["references"]) == ({"steps": 0}, ["a", "b"])
+    assert transfer.keys() & {"target", "datasets", "preset"} == set()
+
+
+def test_methods_and_their_options_are_listed(run: Run) -> None:
+    found = {entry["method"]: entry for entry in run("job", "methods", "--json").json}
+    assert list(found) == list(METHODS)
+    assert (found["mpt"]["gives"], found["mpt"]["takes"]) == ("vector", "sources, a data set of each source")
+    assert "Lester et al. 2021" in run("job", "methods").out
+    options = {option["option"]: option for option in run("job", "methods", "dtvg", "--json").json}
+    assert options.keys() == DtvgOptions.model_fields.keys()
+    assert options["regroup_every"]["default"] == 1
+    assert all(option["what"] for option in options.values())
+    assert "Steps between two groupings" in run("job", "methods", "dtvg").out
+    assert run("job", "methods", "dtv").code == 2
+
+
+def test_an_artifact_is_saved(run: Run, registry: Any, wire: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = files.dump({"A": np.ones((2, 2), np.float32)})
+    artifact = {"digest": files.digest(content), "size": len(content)}
+    job = wire.job("succeeded", method="lora", output=None, result=None, artifact=artifact)
+    plain = wire.job("succeeded", "plain")
+    for each in (job, plain):
+        registry.on(f"GET /jobs/{each['id']}", each)
+    registry.on(f"GET /jobs/{job['id']}/artifact", wire.content(content))
+    assert f"tpv job download {job['id']}" in run("job", "show", job["id"]).out
+    assert run("job", "download", job["id"]).out == f"saved to lora-{job['id']}.safetensors\n"
+    assert Path(f"lora-{job['id']}.safetensors").read_bytes() == content
+    assert run("job", "download", job["id"], "other", "--json").json["artifact"] == artifact
+    assert "has no artifact" in line(run("job", "download", plain["id"]))
+
+
 def test_jobs_are_listed_and_shown(run: Run, registry: Any, wire: Any) -> None:
     job = wire.job("running", progress={"step": 3, "steps": 8, "loss": 0.5})
     registry.on("GET /jobs", wire.page(job))
@@ -523,6 +565,24 @@ def test_a_comparison_without_a_base_has_no_differences(run: Run, compared: tupl
     shown = run("job", "compare", *compared).out.splitlines()
     assert shown[0].split()[-3:] == ["steps", "CPU", "s"]
     assert len(shown) == 4
+
+
+def test_jobs_without_a_vector_are_compared_by_their_own_figures(
+    run: Run, registry: Any, wire: Any, compared: tuple[str, str]
+) -> None:
+    content = (b'{"prediction": "a", "target": "a"}\n' * 2 + b'{"prediction": "b", "target": "b"}\n' * 2) * 10
+    job = wire.job("succeeded", "lora", method="lora", output=None, result=None, metrics={"target_steps": 3})
+    pinned = {"reference": "default/cr:1", "dataset_id": wire.id_of("cr"), "fingerprint": "sha256:0"}
+    own = {"job": job["id"], "predictions": files.digest(content)}
+    figures = [wire.evaluation(value=1.0, **own), wire.evaluation(value=0.1, dataset="default/mr:1", **own)]
+    job |= {"spec": {**job["spec"], "dataset": pinned}, "evaluations": figures[::-1]}
+    registry.on(f"GET /jobs/{job['id']}", job)
+    registry.on(f"GET /evaluations/{figures[0]['id']}/predictions", wire.content(content))
+    found = run("job", "compare", job["id"], compared[0], "--paired", compared[0], "--json").json["results"][0]
+
+    assert (found["reference"], found["job"], found["method"]) == (None, job["id"], "lora")
+    assert (found["value"], found["target_steps"], found["difference"]["difference"]) == (1.0, 3, 0.5)
+    assert f"job {job['id']}" in run("job", "compare", job["id"]).out
 
 
 def test_what_cannot_be_compared_says_why(run: Run, registry: Any, wire: Any, compared: tuple[str, str]) -> None:

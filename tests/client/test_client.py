@@ -610,6 +610,7 @@ def test_the_bars_show_step_loss_metric_and_group(
         ("progress", {"step": 3, "steps": 8, "loss": 0.25}),
         ("evaluation", {"step": 3, "metric": "accuracy", "value": 0.75, "split": "validation"}),
         ("group", {"step": 3, "members": ["default/mnli:1", "lab/qnli:2"]}),
+        ("warning", {"message": "the group flaps"}),
         ("something new", {"x": 1}),
     ]
     job = submitted(client, registry, wire, wire.events(*events, finished=True))
@@ -622,9 +623,36 @@ def test_the_bars_show_step_loss_metric_and_group(
         "loss 0.25",
         "validation accuracy 0.75",
         "group mnli:1 + lab/qnli:2",
+        "prompt-tuning mnli: the group flaps\n",
         "✓",
     ):
         assert text in shown.err
+
+
+def test_every_kind_of_job_is_asked_for_by_its_members(client: Client, registry: Any, wire: Any) -> None:
+    registry.on("POST /jobs", wire.job())
+    center = {"center": True, "reference_pool": ["a", "b"]}
+    client.jobs.tune(method="spot-multitask", dataset="cr", datasets=["mr"], initialization="f", preset="tpv-paper")
+    client.jobs.transfer(target="cr", sources=["s"], dataset="cr", output="new", steps=3, **center)
+    client.jobs.transfer(method="attempt", sources=["s"], dataset="cr", datasets=[])
+    tuning, transfer, attempt = [json.loads(request.content) for request in registry.asked("POST /jobs")]
+
+    assert (tuning["datasets"], tuning["preset"], tuning["options"]) == (["mr"], "tpv-paper", {})
+    assert transfer["options"] == {"center": True, "steps": 3}
+    assert transfer["reference_pool"]["references"] == ["a", "b"]
+    assert attempt.keys() & {"target", "output", "datasets", "preset", "reference_pool"} == set()
+
+
+def test_an_artifact_is_saved_and_verified(client: Client, registry: Any, wire: Any, tmp_path: Path) -> None:
+    content = files.dump({"A": np.ones((2, 2), np.float32)})
+    artifact = {"digest": files.digest(content), "size": len(content)}
+    job = wire.job("succeeded", method="lora", output=None, result=None, artifact=artifact)
+    registry.on(f"GET /jobs/{job['id']}", job)
+    registry.on(f"GET /jobs/{job['id']}/artifact", wire.content(content), wire.content(b"something else"))
+    assert client.jobs.download(job["id"], tmp_path / "lora").read_bytes() == content
+    with pytest.raises(errors.DamagedContent):
+        client.jobs.download(job["id"], tmp_path / "damaged")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
 def test_events_are_listed_and_followed(client: Client, registry: Any, wire: Any) -> None:

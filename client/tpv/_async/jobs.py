@@ -177,10 +177,10 @@ class AsyncJobs:
         """Tunes on a data set with the help of source vectors; a vector is the next version of `output`.
 
         A method that starts from the target's own vector takes `target`; when that has no version yet, its own prompt
-        tuning (with `target_options`) is submitted first and this job waits for it. `datasets` are further ones, trained
-        together with `dataset`, or one for each source, as the method says. `options` are the method's own
-        (`tpv.methods`); a `preset` gives those that are left out. `reference_pool` is for `center=True`: the vectors,
-        or a Filter of them, whose mean is subtracted.
+        tuning (with `target_options`) is submitted first and this job waits for it. `datasets` are further ones: they
+        are trained together with `dataset`, or belong to the sources, in their order, as the method says. `options` are
+        the method's own (`tpv.methods`); a `preset` gives those that are left out. `reference_pool` is for
+        `center=True`: the vectors, or a Filter of them, whose mean is subtracted.
         """
         members = _base.given(
             target=None if target is None else _paths.reference_of(target),

@@ -25,12 +25,17 @@ class Entry:
     """One line of the comparison."""
 
     asked: str  #: job id or reference, as it was given
-    version: Version
+    reference: str | None  #: of the vector; none where the result is an artifact or figures alone
+    job: uuid.UUID | None
     method: str | None
     evaluation: Evaluation
     costs: dict[str, float]  #: of the job, and of the target's own tuning that it built on
     predictions: list[dict[str, Any]] | None
     majority: float | None  #: as the job measured it, with the rows that it trained on
+
+    @property
+    def name(self) -> str:
+        return plain(self.reference) if self.reference else f"job {self.job}"
 
 
 def compare(
@@ -57,36 +62,40 @@ def compare(
     rows = [_row(entry, base) for entry in entries]
     out = Output(as_json)
     if as_json:
-        out.json({"results": rows, "majority": majority, "base": plain(base.version.reference) if base else None})
+        out.json({"results": rows, "majority": majority, "base": base.name if base else None})
         return
     first = entries[0].evaluation
-    shown = [[plain(row["reference"]), row["method"], plain(row["dataset"]), row["split"], row["value"], row["n"],
-              row["target_steps"], row["cpu_seconds"], _interval(row["difference"])] for row in rows]  # fmt: skip
+    shown = [[entry.name, row["method"], plain(row["dataset"]), row["split"], row["value"], row["n"],
+              row["target_steps"], row["cpu_seconds"], _interval(row["difference"])]
+             for entry, row in zip(entries, rows, strict=True)]  # fmt: skip
     if majority is not None:
         shown.insert(0, ["majority class", None, plain(first.dataset), first.split, majority, first.n, 0, None, ""])
     columns = ["result", "method", "data set", "split", first.metric, "rows", "target steps", "CPU s"]
     if base is not None:
-        columns.append(f"minus {plain(base.version.reference)} (95 %)")
+        columns.append(f"minus {base.name} (95 %)")
     out.table([], columns, (row[: len(columns)] for row in shown))
 
 
 def _entry(client: Client, text: str) -> Entry:
-    job = None
+    job: Job | None = None
+    version: Version | None = None
     try:
         job = client.jobs.get(uuid.UUID(text))
     except ValueError:
-        version: Version = client.vectors.get(text)
+        version = client.vectors.get(text)
         if version.job is not None:
             job = client.jobs.get(version.job)
     else:
-        if job.state != "succeeded" or job.result is None:
+        if job.state != "succeeded":
             raise NotFound(f"job {job.id} is {job.state} and has no result; see: tpv job show {job.id}")
-        version = client.vectors.get(job.result)
+        if job.result is not None:
+            version = client.vectors.get(job.result)
     evaluation = _evaluation(version, job)
     return Entry(
         asked=text,
-        version=version,
-        method=version.method or (job.method if job else None),
+        reference=version.reference if version else None,
+        job=version.job if version else job.id if job else None,
+        method=(version.method if version else None) or (job.method if job else None),
         evaluation=evaluation,
         costs=_costs(client, job),
         predictions=client.vectors.predictions(evaluation) if evaluation.predictions else None,
@@ -94,17 +103,18 @@ def _entry(client: Client, text: str) -> Entry:
     )
 
 
-def _evaluation(version: Version, job: Job | None) -> Evaluation:
-    """The figure to compare by: of the version's own job if there is one, on test if there is one, the newest."""
-    own = [e for e in version.evaluations if job is not None and e.job == job.id] or version.evaluations
+def _evaluation(version: Version | None, job: Job | None) -> Evaluation:
+    """The figure to compare by: the job's own, of its first data set, on test, the newest; so far as there are such."""
+    own = version.evaluations if version else job.evaluations if job else []
+    if job is not None:
+        own = [e for e in own if e.job == job.id] or own
+        own = [e for e in own if job.spec.dataset and e.dataset == job.spec.dataset.reference] or own
     for split in ("test", "validation"):
         found = [evaluation for evaluation in own if evaluation.split == split]
         if found:
             return max(found, key=lambda evaluation: evaluation.created_at)
-    raise NotFound(
-        f"vector {plain(version.reference)} has no evaluation on test or validation; "
-        f"see: tpv vector show {plain(version.reference)}"
-    )
+    what = f"vector {plain(version.reference)}" if version else f"job {job and job.id}"
+    raise NotFound(f"{what} has no evaluation on test or validation; see: tpv {what.replace(' ', ' show ', 1)}")
 
 
 def _costs(client: Client, job: Job | None) -> dict[str, float]:
@@ -138,8 +148,8 @@ def _majority(client: Client, entry: Entry) -> float | None:
 def _row(entry: Entry, base: Entry | None) -> dict[str, Any]:
     evaluation = entry.evaluation
     return {
-        "reference": entry.version.reference,
-        "job": str(entry.version.job) if entry.version.job else None,
+        "reference": entry.reference,
+        "job": str(entry.job) if entry.job else None,
         "method": entry.method,
         "dataset": evaluation.dataset,
         "split": evaluation.split,
@@ -156,14 +166,11 @@ def _difference(entry: Entry, base: Entry | None) -> Interval | None:
         return None
     if entry.predictions is None or base.predictions is None:
         missing = entry if entry.predictions is None else base
-        raise NotFound(
-            f"no predictions are kept for vector {plain(missing.version.reference)}; compare without --paired"
-        )
+        raise NotFound(f"no predictions are kept for {missing.name}; compare without --paired")
     try:
         return comparison.paired_bootstrap(entry.predictions, base.predictions)
     except ValueError as error:
-        names = f"{plain(entry.version.reference)} and {plain(base.version.reference)}"
-        raise typer.BadParameter(f"{names}: {error}", param_hint="--paired") from error
+        raise typer.BadParameter(f"{entry.name} and {base.name}: {error}", param_hint="--paired") from error
 
 
 def _interval(found: Interval | None) -> str:

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import sys
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from tpv._sync.client import Client
 from tpv._sync.jobs import Job
 from tpv.cli import compare
 from tpv.cli.options import Description, Json, Limit, OptionPairs, TagPairs, connect, pairs, values
 from tpv.cli.output import Output, cell, plain
+from tpv.methods import METHODS, Method
+from tpv.presets import PRESETS
 from tpv.schemas.jobs import JobCreate, State
 
 app = typer.Typer(help="Jobs: tuning and transfer on the workers.", no_args_is_help=True)
 app.command("compare")(compare.compare)
 
 JobArgument = Annotated[str, typer.Argument(help="The job's id.", metavar="JOB")]
-DatasetOption = Annotated[str, typer.Option("--dataset", "-d", help="[namespace/]name[:version].")]
-OutputOption = Annotated[str, typer.Option("--output", help="[namespace/]name that the result is registered under.")]
-StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimizer steps at most.")]
-ShotsOption = Annotated[int | None, typer.Option(min=1, help="Training rows overall; none: all.")]
+DatasetsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--dataset",
+        "-d",
+        help="[namespace/]name[:version]; repeatable for methods that read further ones, after the one that is tuned "
+        "for.",
+    ),
+]
+OutputOption = Annotated[
+    str | None, typer.Option("--output", help="[namespace/]name that the result is registered under, if a vector.")
+]
+PresetOption = Annotated[
+    str | None, typer.Option(help="Options of a paper, for those that are not given: " + ", ".join(PRESETS) + ".")
+]
+StepsOption = Annotated[int | None, typer.Option(min=0, help="Optimizer steps at most.")]
+ShotsOption = Annotated[int | None, typer.Option(min=1, help="Training rows of a data set; none: all.")]
 ShotSeedOption = Annotated[int | None, typer.Option(help="Seed of the few-shot sample.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the training.")]
 TaskTypeOption = Annotated[str | None, typer.Option(help="Task type of the result, such as nli.")]
@@ -33,10 +53,11 @@ WaitOption = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the
 @app.command("tune")
 def tune(
     context: typer.Context,
-    dataset: DatasetOption,
+    datasets: DatasetsOption,
     initialization: Annotated[str, typer.Option("--initialization", "-i", help="Name, id or fingerprint.")],
-    output: OutputOption,
-    method: Annotated[str, typer.Option(help="Tuning method.")] = "prompt-tuning",
+    output: OutputOption = None,
+    method: Annotated[str, typer.Option(help="A method without sources; see: tpv job methods.")] = "prompt-tuning",
+    preset: PresetOption = None,
     steps: StepsOption = None,
     shots: ShotsOption = None,
     shot_seed: ShotSeedOption = None,
@@ -48,14 +69,16 @@ def tune(
     wait: WaitOption = True,
     as_json: Json = False,
 ) -> None:
-    """Tunes a soft prompt on a data set; its vector becomes the next version of the output."""
+    """Tunes on a data set, or on several together; a vector becomes the next version of the output."""
     given = values(options) | ({"steps": steps} if steps is not None else {})
     with connect(context) as client:
         job = client.jobs.tune(
-            dataset=dataset,
+            dataset=datasets[0],
+            datasets=datasets[1:],
             initialization=initialization,
             output=output,
             method=method,
+            preset=preset,
             shots=shots,
             shot_seed=shot_seed,
             seed=seed,
@@ -70,11 +93,17 @@ def tune(
 @app.command("transfer")
 def transfer(
     context: typer.Context,
-    target: Annotated[str, typer.Option("--target", "-t", help="The target's own vector; tuned first when missing.")],
     sources: Annotated[list[str], typer.Option("--source", "-s", help="A source vector; repeatable.")],
-    dataset: DatasetOption,
-    output: OutputOption,
-    method: Annotated[str, typer.Option(help="Transfer method.")] = "dtvg",
+    datasets: DatasetsOption,
+    output: OutputOption = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", "-t", help="The target's own vector, for methods that start from it; tuned first when missing."
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="A method with sources; see: tpv job methods.")] = "dtvg",
+    preset: PresetOption = None,
     initialization: Annotated[
         str | None, typer.Option("--initialization", "-i", help="Default: that of the sources.")
     ] = None,
@@ -87,21 +116,33 @@ def transfer(
         list[str] | None,
         typer.Option("--target-option", metavar="KEY=VALUE", help="An option of the target's own tuning; repeatable."),
     ] = None,
+    reference_pool: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reference",
+            metavar="VECTOR",
+            help="For --option center=true: a vector of those whose mean is subtracted; repeatable. Default: the "
+            "newest of each vector of the initialization.",
+        ),
+    ] = None,
     task_type: TaskTypeOption = None,
     description: Description = None,
     tags: TagPairs = None,
     wait: WaitOption = True,
     as_json: Json = False,
 ) -> None:
-    """Tunes a target's prompt with the help of source vectors; the result is the next version of the output."""
+    """Tunes on a data set with the help of source vectors; a vector becomes the next version of the output."""
     given = values(options) | ({"steps": steps} if steps is not None else {})
     with connect(context) as client:
         job = client.jobs.transfer(
             method=method,
             target=target,
             sources=sources,
-            dataset=dataset,
+            dataset=datasets[0],
+            datasets=datasets[1:],
             output=output,
+            preset=preset,
+            reference_pool=reference_pool,
             target_options=values(target_options, option="--target-option") or None,
             initialization=initialization,
             shots=shots,
@@ -113,6 +154,29 @@ def transfer(
             **_free(given),
         )
         _end(client, job, wait, Output(as_json))
+
+
+@app.command("methods")
+def methods(
+    method: Annotated[str | None, typer.Argument(help="Show the options of this one.")] = None, as_json: Json = False
+) -> None:
+    """Lists the methods of jobs, or the options of one."""
+    out = Output(as_json)
+    if method is None:
+        out.table(
+            [_entry(found) for found in METHODS.values()],
+            ["method", "gives", "takes", "what it is"],
+            ([found.name, found.result, _takes(found), _sentence(found)] for found in METHODS.values()),
+        )
+        return
+    if method not in METHODS:
+        raise typer.BadParameter(f"there is no method {method!r}; use one of {', '.join(METHODS)}")
+    options = METHODS[method].options.model_fields
+    out.table(
+        [{"option": name, "default": _default(field), "what": field.description} for name, field in options.items()],
+        ["option", "default", "what it is"],
+        ([name, json.dumps(_default(field)), field.description] for name, field in options.items()),
+    )
 
 
 @app.command("list")
@@ -163,7 +227,22 @@ def watch(
                 typer.echo(f"{cell(event.at)} {event.type}: {cell(event.data)}")
         follow(client, found)
     for job in found:
-        Output(False).note(f"{job.method} {job.id} succeeded: {plain(job.result)}  {cell(job.metrics)}")
+        Output(False).note(f"{job.method} {job.id} succeeded: {_result(job)}  {cell(job.metrics)}")
+
+
+@app.command("download")
+def download(
+    context: typer.Context,
+    job: JobArgument,
+    path: Annotated[Path | None, typer.Argument(help="Where to save it; default METHOD-JOB.safetensors.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Saves the artifact of a job whose method gives one (a safetensors file with its tensors), verified."""
+    with connect(context) as client:
+        found = client.jobs.get(job)
+        target = path or Path(f"{found.method}-{found.id}.safetensors")
+        client.jobs.download(found, target, progress=sys.stderr.isatty() and not as_json)
+    Output(as_json).line({"job": found.id, "path": str(target), "artifact": found.artifact}, f"saved to {target}")
 
 
 @app.command("cancel")
@@ -215,6 +294,34 @@ def _step(job: Job) -> str:
     return f"{progress.step}/{progress.steps or '?'}" if progress.step is not None else ""
 
 
+def _result(job: Job) -> str:
+    """What there is to have, and how."""
+    if job.artifact is not None:
+        return f"tpv job download {job.id} ({job.artifact.size} bytes)"
+    return plain(job.result) + (" (was there already)" if job.result and job.result_created is False else "")
+
+
+def _entry(method: Method) -> dict[str, Any]:
+    return {"method": method.name, "gives": method.result, "takes": _takes(method), "what": _sentence(method)}
+
+
+def _takes(method: Method) -> str:
+    """What a job takes beside the initialization, the data set, and the name of a vector."""
+    if method.result == "initialization":
+        return "base model"
+    datasets = {"together": "further data sets", "sources": "a data set of each source", None: None}
+    takes = ["target" if method.target else None, "sources" if method.sources else None, datasets[method.datasets]]
+    return ", ".join(part for part in takes if part)
+
+
+def _sentence(method: Method) -> str:
+    return inspect.cleandoc(method.options.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _default(field: FieldInfo) -> Any:
+    return to_jsonable_python(field.get_default(call_default_factory=True))
+
+
 def _members(job: Job) -> dict[str, Any]:
     spec = job.spec
     return {
@@ -222,18 +329,21 @@ def _members(job: Job) -> dict[str, Any]:
         "method": job.method,
         "state": _state(job),
         "message": job.message,
-        "result": plain(job.result) + (" (was there already)" if job.result and job.result_created is False else ""),
+        "result": _result(job),
         "metrics": job.metrics,
         "step": _step(job),
         "loss": job.progress.loss,
         "group": [plain(member) for member in job.progress.group or ()],
         "data set": plain(spec.dataset.reference) if spec.dataset else None,
+        "further data sets": [plain(dataset.reference) for dataset in spec.datasets],
         "initialization": plain(spec.initialization.reference) if spec.initialization else None,
         "target": plain(spec.target.reference) if spec.target else spec.target_name,
         "sources": [plain(source.reference) for source in spec.sources],
         "shots": f"{spec.shots} (seed {spec.shot_seed})" if spec.shots else None,
         "seed": spec.seed,
+        "preset": spec.preset,
         "options": spec.options,
+        "centre": f"mean of {spec.center.size} vectors: {spec.center.rule}" if spec.center else None,
         "needs": job.needs,
         "attempts": [f"{a.number} {a.state} on {a.worker}: {a.message or '-'}" for a in job.attempts],
         "by": job.actor,

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 import tpv
 from tpv import Client, Retries, files
 from tpv.errors import ConnectionFailed, JobFinished, ProblemError, StaleAttempt, Unavailable
+from tpv.methods import METHODS as DECLARED
 from tpv.methods import InitializeOptions, TrainingOptions, options_of
 from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
 from tpv.schemas.jobs import (
@@ -31,17 +33,18 @@ from tpv.schemas.jobs import (
     FailureReport,
     JobSpec,
     Reason,
+    ResolvedDataset,
     ResolvedVector,
     ResultReport,
 )
 from tpv.vectors import Float32
 from tpv_worker import initialization, lab
-from tpv_worker.backbone import Backbone, model_digest
-from tpv_worker.data import Dataset, Row, Task, few_shot, read_rows
+from tpv_worker.backbone import Backbone, Prompt, model_digest
+from tpv_worker.data import Dataset, Example, Row, Task, few_shot, read_rows
 from tpv_worker.errors import JobError, ModelError
 from tpv_worker.evaluation import Evaluation, evaluate, majority
 from tpv_worker.events import Events
-from tpv_worker.methods import METHODS, Given
+from tpv_worker.methods import METHODS, Given, TuningMethod
 from tpv_worker.settings import Settings
 from tpv_worker.training import TrainingResult, train
 from tpv_worker.worker import TRY_AGAIN
@@ -132,73 +135,111 @@ class Attempt:
         self.events.phase("drawing the initialization")
         options = cast("InitializeOptions", options_of(self.spec.method, self.spec.options))
         drawn = initialization.draw(options, self.spec.seed, backbone.embeddings, backbone.tokenizer)
-        digest, _ = self.stage_and_load(drawn)
+        digest, _ = self.stage_and_load({"prompt": drawn})
         return ResultReport(prompt=digest, base_model_facts=facts, provenance=self.provenance())
 
     def tune(self, backbone: Backbone, facts: BaseModelFacts) -> ResultReport:
         spec = self.spec
         options = cast("TrainingOptions", options_of(spec.method, spec.options))
+        assert spec.dataset is not None
 
         self.events.phase("loading the data")
-        dataset = self.load_dataset()
-        rows = dataset.splits["train"]
-        train_rows = few_shot(rows, spec.shots, spec.shot_seed) if spec.shots else rows
-        start = self.load_initialization().to(backbone.device)
-        vectors: dict[str, Any] = {}
-        if spec.target is not None:
-            vectors["target"] = self.load_vector(spec.target).to(backbone.device)
-            vectors["sources"] = torch.stack([self.load_vector(source) for source in spec.sources]).to(backbone.device)
+        together = DECLARED[spec.method].datasets == "together"
+        trained = [spec.dataset, *(spec.datasets if together else ())]
+        datasets = [self.load_dataset(resolved) for resolved in trained]
+        tasks = [self.task_of(dataset, spec.shots) for dataset in datasets]
+        of_sources = [self.task_of(self.load_dataset(d), None) for d in (() if together else spec.datasets)]
+        given = self.load_given(backbone, len(tasks))
+
+        method = METHODS[spec.method](options, given)
+        length = backbone.num_virtual_tokens(method.snapshot().prompt)
+        judged = [
+            Judged(
+                dataset=resolved.reference,
+                split=split,
+                rows=rows,
+                examples=backbone.tokenize(rows, options, length, place),  # what does not fit is found before training
+                label_words=task.label_words,
+                majority=majority(task.train, rows).value,
+            )
+            for place, (resolved, dataset, task) in enumerate(zip(trained, datasets, tasks, strict=True))
+            for split in ("validation", "test")
+            if (rows := dataset.splits.get(split))
+        ]
 
         self.events.phase("tuning")
-        method = METHODS[spec.method](
-            options, Given(backbone=backbone, initialization=start, seed=spec.seed, **vectors)
-        )
-        task = Task(train=train_rows, validation=dataset.splits.get("validation", ()), label_words=dataset.label_words)
         result = train(
             backbone,
             method,
-            [task],
+            tasks,
+            of_sources,
             options=options,
             seed=spec.seed,
             report=self.report_training,
         )
 
         self.events.phase("verifying")
-        assert isinstance(result.snapshot.prompt, Tensor)
-        digest, staged = self.stage_and_load(result.snapshot.prompt)
-        judged = [split for split in ("validation", "test") if split in dataset.splits]
-
-        # P_init + T is what everybody reads who takes the vector from the registry.
-        read = start + (torch.from_numpy(staged).to(start.device) - start)
-        figures = {split: self.evaluate(backbone, read, dataset, split, options) for split in judged}
+        prompt, stored = self.store(method, result, given)
+        figures = [
+            Figure(of, evaluate(backbone, prompt, of.examples, label_words=of.label_words, options=options))
+            for of in judged
+        ]
         if result.best_value is not None:
-            validation = dataset.splits["validation"][: options.evaluate_rows]
-            check_figure(result.best_value, figures["validation"].predictions[: len(validation)], validation)
-
+            check_figures(result.best_value, figures, options.evaluate_rows)
         return ResultReport(
-            prompt=digest,
-            state=self.stage(files.dump(as_arrays(kept))) if (kept := result.snapshot.tensors) else None,
-            evaluations=[self.report_of(split, figures[split], dataset.splits[split]) for split in judged],
-            metrics=metrics_of(
-                result, figures, {split: majority(train_rows, dataset.splits[split]) for split in judged}
-            ),
-            provenance=self.provenance() | self.provenance_of(result),
+            **stored,
+            evaluations=[self.report_of(figure) for figure in figures],
+            metrics=metrics_of(result, figures, spec.dataset.reference),
+            provenance=self.provenance() | self.provenance_of(result, method),
             base_model_facts=facts,
         )
 
-    @staticmethod
-    def evaluate(
-        backbone: Backbone, prompt: Tensor, dataset: Dataset, split: str, options: TrainingOptions
-    ) -> Evaluation:
-        examples = backbone.tokenize(dataset.splits[split], options, len(prompt))
-        return evaluate(backbone, prompt, examples, label_words=dataset.label_words, options=options)
+    def store(self, method: TuningMethod, result: TrainingResult, given: Given) -> tuple[Prompt, dict[str, str]]:
+        """Stages the result, and gives the prompt that it is when read back, with the digests to report."""
+        tensors = result.snapshot.tensors
+        match DECLARED[self.spec.method].result:
+            case "artifact":
+                digest, loaded = self.stage_and_load(tensors, {"method": self.spec.method})
+                method.load({name: torch.from_numpy(array).to(given.initialization) for name, array in loaded.items()})
+                return method.snapshot().prompt, {"artifact": digest}
+            case "metrics":
+                return method.snapshot().prompt, {}
+        assert isinstance(result.snapshot.prompt, Tensor)  # the result is a vector
+        digest, loaded = self.stage_and_load({"prompt": result.snapshot.prompt})
+        # P_init + T is what everybody reads who takes the vector from the registry.
+        start = given.initialization
+        prompt = start + (torch.from_numpy(loaded["prompt"]).to(start) - start)
+        state = {"state": self.stage(files.dump(as_arrays(tensors)))} if tensors else {}
+        return prompt, {"prompt": digest, **state}
 
     # --- What comes in
 
-    def load_dataset(self) -> Dataset:
-        """The job's rows; a split that this machine has had before is not downloaded again."""
-        assert self.spec.dataset is not None
-        dataset = self.client.datasets.get(self.spec.dataset.reference)
+    def load_given(self, backbone: Backbone, tasks: int) -> Given:
+        """The vectors of the job, on the model's device."""
+        spec, device = self.spec, backbone.device
+        sources = [self.load_vector(source) for source in spec.sources]
+        return Given(
+            backbone=backbone,
+            initialization=self.load_initialization().to(device),
+            target=self.load_vector(spec.target).to(device) if spec.target else None,
+            sources=torch.stack(sources).to(device) if sources else None,
+            source_names=self.names(range(len(sources))),
+            center=torch.tensor(spec.center.vector, device=device) if spec.center else None,
+            tasks=tasks,
+            seed=spec.seed,
+        )
+
+    def task_of(self, dataset: Dataset, shots: int | None) -> Task:
+        rows = dataset.splits["train"]
+        return Task(
+            train=few_shot(rows, shots, self.spec.shot_seed) if shots else rows,
+            validation=dataset.splits.get("validation", ()),
+            label_words=dataset.label_words,
+        )
+
+    def load_dataset(self, resolved: ResolvedDataset) -> Dataset:
+        """A data set's rows; a split that this machine has had before is not downloaded again."""
+        dataset = self.client.datasets.get(resolved.reference)
         cache = self.settings.data_cache
         cache.mkdir(parents=True, exist_ok=True)
         splits = {}
@@ -227,12 +268,15 @@ class Attempt:
     def stage(self, content: bytes) -> str:
         return self.client.jobs.stage(self.started.job, self.started.number, content).digest
 
-    def stage_and_load(self, prompt: Tensor) -> tuple[str, Float32]:
-        """Stages a soft prompt, and gives what came back of it: its digest and the same tensor."""
-        digest = self.stage(files.dump(as_arrays({"prompt": prompt})))
-        loaded = files.load(self.client.jobs.staged(self.started.job, self.started.number, digest))["prompt"]
-        if not np.array_equal(loaded, prompt.cpu().numpy()):
-            raise VerificationFailed("the stored prompt is not the one that was sent")
+    def stage_and_load(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> tuple[str, dict[str, Float32]]:
+        """Stages tensors as one file, and gives what came back of it: its digest and the same tensors."""
+        arrays = as_arrays(tensors)
+        digest = self.stage(files.dump(arrays, metadata))
+        loaded = files.load(self.client.jobs.staged(self.started.job, self.started.number, digest))
+        if loaded.keys() != arrays.keys() or not all(np.array_equal(loaded[name], arrays[name]) for name in arrays):
+            raise VerificationFailed("what was stored is not what was sent")
         return digest, loaded
 
     def report_training(self, event: dict[str, Any]) -> None:
@@ -241,19 +285,19 @@ class Attempt:
         split = {"split": "validation"} if event["type"] == "evaluation" else {}
         self.events.add(**{**event, **members, **split})
 
-    def report_of(self, split: str, figure: Evaluation, rows: Sequence[Row]) -> EvaluationReport:
-        assert self.spec.dataset is not None
+    def report_of(self, figure: Figure) -> EvaluationReport:
+        of, found = figure.of, figure.found
         lines = [
             {"prediction": prediction, "target": row.target}
-            for prediction, row in zip(figure.predictions, rows, strict=True)
+            for prediction, row in zip(found.predictions, of.rows, strict=True)
         ]
         return EvaluationReport(
-            dataset=self.spec.dataset.reference,
-            split=split,
-            metric=figure.metric,
-            value=figure.value,
+            dataset=of.dataset,
+            split=of.split,
+            metric=found.metric,
+            value=found.value,
             seed=self.spec.seed,
-            n=figure.n,
+            n=found.n,
             predictions=self.stage(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)),
         )
 
@@ -270,12 +314,13 @@ class Attempt:
             "worker": self.settings.name,
         }
 
-    def provenance_of(self, result: TrainingResult) -> dict[str, Any]:
+    def provenance_of(self, result: TrainingResult, method: TuningMethod) -> dict[str, Any]:
         """How the training went; for methods that group, who was in the group, and how much each vector counted."""
         found: dict[str, Any] = {
             "stage": 1 if self.spec.target is None else 2,  # of Algorithm 1: the task's own tuning, then with sources
             "best_step": result.best_step,
             "validations": result.validations,
+            "facts": dict(method.facts),
         }
         if result.snapshot.members is not None:
             found["group"] = self.names(result.snapshot.members)
@@ -339,24 +384,50 @@ def check_facts(model: BaseModelReference, *, expected: BaseModelFacts | None, f
 # --- Figures ---------------------------------------------------------------------------------------------------------
 
 
-def check_figure(trained: float, predictions: Sequence[str], rows: Sequence[Row]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Rows that the result is judged by: a split of a data set that was trained on."""
+
+    dataset: str
+    split: str
+    rows: Sequence[Row]
+    examples: Sequence[Example]
+    label_words: tuple[str, ...] | None
+    majority: float  #: accuracy of the training rows' most frequent target
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What the result reaches on such rows."""
+
+    of: Judged
+    found: Evaluation
+
+    def right(self, first: int | None) -> float:
+        """The share of the first rows, or of all, that is answered right."""
+        pairs = list(zip(self.found.predictions, self.of.rows, strict=True))[:first]
+        return fmean(prediction == row.target.strip() for prediction, row in pairs)
+
+
+def check_figures(trained: float, figures: Sequence[Figure], first: int | None) -> None:
     """Raises VerificationFailed when the stored result is not as good as the training process found it.
 
-    The stored bytes are the trained ones; what may differ is the rounding of P_init + T, and on a GPU the order of
-    sums. Either may turn a row that is a tie between two labels, so a hundredth of the rows, at least one, may differ.
+    Compared are the means over the tasks, on the `first` validation rows of each. The stored bytes are the trained
+    ones; what may differ is the rounding of P_init + T, and on a GPU the order of sums. Either may turn a row that is
+    a tie between two labels, so a hundredth of a task's rows, at least one, may differ.
     """
-    right = sum(prediction == row.target.strip() for prediction, row in zip(predictions, rows, strict=True))
-    off = abs(right - trained * len(rows))
-    if off > max(1.0, TOLERANCE * len(rows)) + 1e-6:
+    read = [figure for figure in figures if figure.of.split == "validation"]
+    value = fmean(figure.right(first) for figure in read)
+    sizes = [len(figure.of.rows[:first]) for figure in read]
+    if abs(value - trained) > fmean(max(1 / size, TOLERANCE) for size in sizes) + 1e-6:
         raise VerificationFailed(
-            f"read back from the registry, the result answers {right} of {len(rows)} validation rows right; "
-            f"the training process found {trained * len(rows):.0f}"
+            f"read back from the registry, the result answers {value:.2%} of {sum(sizes)} validation rows right; the "
+            f"training process found {trained:.2%}"
         )
 
 
-def metrics_of(
-    result: TrainingResult, figures: Mapping[str, Evaluation], baselines: Mapping[str, Evaluation]
-) -> dict[str, float]:
+def metrics_of(result: TrainingResult, figures: Sequence[Figure], first: str) -> dict[str, float]:
+    """The job's metrics; figures of data sets beside the first one carry its name."""
     metrics: dict[str, float] = {
         "target_steps": result.steps,
         "best_step": result.best_step,
@@ -364,8 +435,10 @@ def metrics_of(
         "wall_seconds": result.wall_seconds,
         "cpu_seconds": result.cpu_seconds,
     }
-    metrics |= {f"{split}/{figure.metric}": figure.value for split, figure in figures.items()}
-    metrics |= {f"{split}/majority": baseline.value for split, baseline in baselines.items()}
+    for figure in figures:
+        of = figure.of
+        name = of.split if of.dataset == first else f"{of.dataset}/{of.split}"
+        metrics |= {f"{name}/{figure.found.metric}": figure.found.value, f"{name}/majority": of.majority}
     return metrics
 
 

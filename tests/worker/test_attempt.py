@@ -1,0 +1,58 @@
+"""How an attempt judges what it reads back from the registry."""
+
+from __future__ import annotations
+
+import pytest
+
+from tpv_worker.attempt import Figure, Judged, VerificationFailed, check_figures, metrics_of
+from tpv_worker.data import Row
+from tpv_worker.evaluation import Evaluation
+from tpv_worker.methods import Snapshot
+from tpv_worker.training import TrainingResult
+
+
+def figure(dataset: str, right: int, n: int, split: str = "validation", majority: float = 0.5) -> Figure:
+    """The first `right` of n rows are answered right."""
+    rows = [Row(f"text {i}", "yes") for i in range(n)]
+    found = Evaluation(metric="accuracy", value=right / n, n=n, predictions=["yes"] * right + ["no"] * (n - right))
+    return Figure(
+        Judged(dataset=dataset, split=split, rows=rows, examples=[], label_words=None, majority=majority), found
+    )
+
+
+@pytest.mark.parametrize(("right", "n", "trained"), [(4, 8, 0.5), (3, 8, 0.5), (5, 8, 0.5), (490, 1000, 0.5)])
+def test_one_row_or_a_hundredth_may_turn_by_rounding(right: int, n: int, trained: float) -> None:
+    check_figures(trained, [figure("a", right, n), figure("a", 0, n, "test")], None)
+
+
+@pytest.mark.parametrize(("right", "n", "trained"), [(2, 8, 0.5), (6, 8, 0.5), (489, 1000, 0.5)])
+def test_a_stored_result_that_does_something_else_is_refused(right: int, n: int, trained: float) -> None:
+    with pytest.raises(VerificationFailed, match=rf"of {n} validation rows right; the training process found 50\.00%"):
+        check_figures(trained, [figure("a", right, n)], None)
+
+
+def test_the_mean_of_the_tasks_on_the_rows_that_training_looked_at_is_compared() -> None:
+    tasks = [figure("a", 10, 20), figure("b", 5, 10)]  # on their first ten rows 1 and 0.5
+    check_figures(0.75, tasks, 10)
+    with pytest.raises(VerificationFailed):
+        check_figures(0.75, tasks, None)
+
+
+def test_figures_of_further_data_sets_carry_their_name() -> None:
+    result = TrainingResult(
+        snapshot=Snapshot(prompt=lambda reading: (reading.embeddings, reading.embeddings)),
+        best_step=2, best_value=None, steps=4, validations=[], groups=[], loss=None, wall_seconds=2.0, cpu_seconds=1.0,
+    )  # fmt: skip
+    figures = [figure("a:1", 4, 8, "test", 0.25), figure("lab/b:2", 2, 8, "test"), figure("lab/b:2", 6, 8)]
+    assert metrics_of(result, figures, "a:1") == {
+        "target_steps": 4,
+        "best_step": 2,
+        "wall_seconds": 2.0,
+        "cpu_seconds": 1.0,
+        "test/accuracy": 0.5,
+        "test/majority": 0.25,
+        "lab/b:2/test/accuracy": 0.25,
+        "lab/b:2/test/majority": 0.5,
+        "lab/b:2/validation/accuracy": 0.75,
+        "lab/b:2/validation/majority": 0.5,
+    }

@@ -30,6 +30,11 @@ def test_the_loss_falls_and_every_matrix_changes(fresh: Given, task: Task) -> No
     assert all(not torch.equal(weights[name], after[name]) for name in weights)
 
 
+def test_a_rounded_model_is_trained_in_float32(fresh: Given) -> None:
+    fresh.backbone.model.bfloat16()
+    assert {weight.dtype for weight in make(fresh).snapshot().tensors.values()} == {torch.float32}
+
+
 def test_tied_weights_stay_tied(fresh: Given, task: Task) -> None:
     def ties() -> set[tuple[str, str]]:
         named = list(fresh.backbone.model.named_parameters(remove_duplicate=False))

@@ -109,6 +109,13 @@ def test_peft_loads_the_artifact(fresh: Given, again: Given, task: Task, rows: l
     assert torch.equal(scores(again.backbone, result.snapshot.prompt, rows), trained)
 
 
+def test_what_is_trained_of_a_rounded_model_is_float32(fresh: Given, task: Task) -> None:
+    fresh.backbone.model.bfloat16()
+    result, losses = fit(make(fresh), fresh, task)
+    assert {tensor.dtype for tensor in result.snapshot.tensors.values()} == {torch.float32}
+    assert losses[-1] < 0.9 * losses[0]
+
+
 def test_modules_that_the_model_does_not_have_are_refused(fresh: Given) -> None:
     with pytest.raises(OptionsError, match=r"modules: .*no_such_module"):
         make(fresh, modules=["no_such_module"])

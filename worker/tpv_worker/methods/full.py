@@ -16,8 +16,9 @@ class Full(TuningMethod):
     """Trains every weight of the backbone's model, in place; weights that the model ties stay tied and count once.
 
     There is no soft prompt: the model reads the source alone, and P_init is not used. Dropout is off, as everywhere
-    here. Nothing is registered: a snapshot's tensors are the model's weights by their names in it, on its device, so
-    that `load` can bring the best step back; two copies of them at most are held beside the model.
+    here. The weights become float32, whatever the option `precision` has made of them. Nothing is registered: a
+    snapshot's tensors are the model's weights by their names in it, on its device, so that `load` can bring the best
+    step back; two copies of them at most are held beside the model.
     """
 
     artifact = True
@@ -25,7 +26,7 @@ class Full(TuningMethod):
     def __init__(self, options: FullOptions, given: Given) -> None:
         super().__init__()
         self.options = options
-        self.weights = dict(given.backbone.model.requires_grad_(True).named_parameters())
+        self.weights = dict(given.backbone.model.float().requires_grad_(True).named_parameters())
         self.nothing = given.initialization[:0]
 
     def parameter_groups(self) -> list[dict[str, Any]]:

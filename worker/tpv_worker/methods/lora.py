@@ -46,6 +46,8 @@ class Lora(TuningMethod):
             except ValueError as error:  # no such module, or no default for this kind of model
                 raise OptionsError(f"modules: {error}") from error
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in self.parameters:
+            parameter.data = parameter.data.float()  # PEFT gives them the dtype of the matrix that they update
         self.nothing = given.initialization[:0]
         self.facts = {
             "adapter_config": {

@@ -135,42 +135,62 @@ class DtvgOptions(TrainingOptions):
 class AttemptOptions(TrainingOptions):
     """Asai et al. 2022, ATTEMPT: Parameter-Efficient Multi-task Tuning via Attentional Mixtures of Soft Prompts."""
 
-    bottleneck: int = Field(100, ge=1, description="Width of the attention's projection.")
-    temperature: float | None = Field(None, gt=0, description="Of the attention; none: the model's width times e.")
-    attention_learning_rate: float | None = Field(None, gt=0, description="Of the attention; none: learning_rate.")
-    mixing_limit: int = Field(2**19, ge=1, description="Several tasks: one counts as if it had at most so many rows.")
+    bottleneck: int = Field(100, ge=1, description="Width between the attention's two projections (released code).")
+    temperature: float | None = Field(
+        None, gt=0, description="Of the attention; none: the model's width times e (3.2), which suits T5."
+    )
+    attention_learning_rate: float | None = Field(
+        None, gt=0, description="Of the attention; none: learning_rate, as in the released code for one task."
+    )
+    mixing_limit: int = Field(
+        2**19, ge=1, description="Several tasks: one counts as if it had at most so many rows (Raffel et al. 2020)."
+    )
 
 
 class MptOptions(TrainingOptions):
     """Wang et al. 2023, Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning."""
 
-    source_steps: int = Field(1000, ge=0, description="Steps on the sources' data, in which the shared prompt is made.")
-    distillation: float = Field(0.9, ge=0, description="Weight of the distillation from the sources' own prompts.")
-    task_learning_rate: float = Field(0.4, gt=0, description="Rate of the tasks' own vectors u and v.")
-    mixing_limit: int = Field(2**19, ge=1, description="A source task counts as if it had at most so many rows.")
+    source_steps: int = Field(
+        1000, ge=0, description="Steps on the sources' data, which make the shared prompt; the paper takes five epochs."
+    )
+    distillation: float = Field(0.9, ge=0, description="lambda of Eq. 5: weight of the distillation (4.1); 0: none.")
+    task_learning_rate: float = Field(0.4, gt=0, description="Rate of the target's own u and v (4.1).")
+    mixing_limit: int = Field(
+        2**19, ge=1, description="A source counts as if it had at most so many rows (Raffel et al. 2020)."
+    )
 
 
 class DeptOptions(TrainingOptions):
     """Shi and Lipani 2024, DePT: Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning."""
 
-    prompt_tokens: int = Field(40, ge=1, description="Rows of the short prompt, m of the paper.")
-    rank: int = Field(45, ge=1, description="Of the update A B of the input embeddings.")
-    update_learning_rate: float = Field(5e-4, gt=0, description="Rate of A and B.")
+    prompt_tokens: int = Field(
+        40, ge=1, description="Rows m of the short prompt, at most those of P_init (released code)."
+    )
+    rank: int = Field(
+        45, ge=1, description="Of the update A B: with m = 40 as many parameters as r = 100 (released code)."
+    )
+    update_learning_rate: float = Field(
+        5e-4, gt=0, description="Rate of A and B; 5e-4, 5e-3 and 0.3 are tried (released code)."
+    )
 
 
 class LoraOptions(TrainingOptions):
     """Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models; through the library PEFT."""
 
-    learning_rate: float = Field(2e-4, gt=0, description="Rate of the low-rank matrices.")
-    rank: int = Field(8, ge=1, description="Of each update.")
-    alpha: float = Field(16, gt=0, description="An update counts alpha / rank.")
-    modules: list[str] | None = Field(None, description="Names of the updated modules; none: PEFT's for the model.")
+    learning_rate: float = Field(2e-4, gt=0, description="Rate of the low-rank matrices (appendix D, for GPT-2 and 3).")
+    rank: int = Field(8, ge=1, description="Of each update (PEFT).")
+    alpha: float = Field(8, gt=0, description="An update counts alpha / rank (PEFT).")
+    modules: list[str] | None = Field(
+        None, min_length=1, description="Names of the updated modules; none: PEFT's, mostly query and value."
+    )
 
 
 class FullOptions(TrainingOptions):
     """All weights of the model are trained: what parameter-efficient methods are compared with."""
 
-    learning_rate: float = Field(3e-5, gt=0, description="Rate of all weights.")
+    learning_rate: float = Field(
+        3e-4, gt=0, description="Rate of all weights (T5 in the released code of Asai et al. 2022; Llama needs less)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

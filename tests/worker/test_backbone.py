@@ -4,11 +4,14 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.worker.conftest import BART, random_model
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tpv.files import fingerprint
@@ -30,28 +33,42 @@ def test_kind_dimension_and_frozen_weights(backbone: Backbone) -> None:
     assert not backbone.model.training
 
 
-def test_padding_changes_neither_loss_nor_gradient(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
-    examples = backbone.tokenize([*rows[:7], Row("w3 w4 w5 w6", "w7 w8 w9")], OPTIONS, len(prompt))
+def test_padding_changes_neither_loss_nor_gradient(family: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    examples = family.tokenize([*rows[:7], Row("w3 w4 w5 w6", "w7 w8 w9")], OPTIONS, len(prompt))
     assert len({len(example.source) for example in examples}) > 4
     prompt.requires_grad_()
-    together = backbone.loss(prompt, examples)
+    together = family.loss(prompt, examples)
     (gradient,) = torch.autograd.grad(together, prompt)
     tokens = sum(len(example.target) for example in examples)
-    alone = sum(backbone.loss(prompt, [example]) * len(example.target) / tokens for example in examples)
+    alone = sum(family.loss(prompt, [example]) * len(example.target) / tokens for example in examples)
     (gradient_alone,) = torch.autograd.grad(alone, prompt)
     torch.testing.assert_close(together, alone)
-    torch.testing.assert_close(gradient, gradient_alone, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient, gradient_alone, rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()
-def test_padding_changes_no_score_and_no_text(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
-    examples = backbone.tokenize(rows, OPTIONS, len(prompt))
-    labels = [backbone.target_tokens(word) for word in LABELS]
-    alone = torch.cat([backbone.label_scores(prompt, [example], labels) for example in examples])
-    torch.testing.assert_close(backbone.label_scores(prompt, examples, labels), alone, rtol=1e-4, atol=1e-5)
-    texts = [backbone.generate(prompt, [example], 4)[0] for example in examples]
-    assert backbone.generate(prompt, examples, 4) == texts
+def test_padding_changes_no_score_and_no_text(family: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    examples = family.tokenize(rows, OPTIONS, len(prompt))
+    labels = [family.target_tokens(word) for word in LABELS]
+    alone = torch.cat([family.label_scores(prompt, [example], labels) for example in examples])
+    torch.testing.assert_close(family.label_scores(prompt, examples, labels), alone, rtol=1e-4, atol=1e-5)
+    texts = [family.generate(prompt, [example], 4)[0] for example in examples]
+    assert family.generate(prompt, examples, 4) == texts
     assert len(set(texts)) > 3, "the texts must depend on the sources for this test to mean anything"
+
+
+@torch.no_grad()
+def test_a_soft_prompt_of_tokens_reads_as_the_tokens(family: Backbone, rows: list[Row]) -> None:
+    """Where a model scales its embeddings too: what P_init is drawn from is what the model reads."""
+    examples = family.tokenize(rows, OPTIONS, 0)
+    tokens = [7, 9, 8]
+    longer = [example._replace(source=[*tokens, *example.source]) for example in examples]
+    nothing = torch.zeros(0, family.token_dim)
+    torch.testing.assert_close(family.loss(family.embeddings[tokens], examples), family.loss(nothing, longer))
+    plain = [family._plain(example.source, example.target) for example in longer]
+    tokenwise = [cross_entropy(logits, torch.tensor(e.target)) for logits, e in zip(plain, longer, strict=True)]
+    torch.testing.assert_close(family.loss(nothing, longer), torch.stack(tokenwise).mean())
+    family.probe()
 
 
 @torch.no_grad()
@@ -74,12 +91,12 @@ def test_each_row_may_have_its_own_prompt(backbone: Backbone, prompt: Tensor, ro
 
 
 @torch.no_grad()
-def test_label_scores_are_the_loss_of_the_label_as_target(backbone: Backbone, prompt: Tensor) -> None:
-    labels = [backbone.target_tokens(word) for word in LABELS]
-    scores = backbone.label_scores(prompt, backbone.tokenize([Row("w2 w3", "yes")], OPTIONS, len(prompt)), labels)
+def test_label_scores_are_the_loss_of_the_label_as_target(family: Backbone, prompt: Tensor) -> None:
+    labels = [family.target_tokens(word) for word in LABELS]
+    scores = family.label_scores(prompt, family.tokenize([Row("w2 w3", "yes")], OPTIONS, len(prompt)), labels)
     for word, tokens, score in zip(LABELS, labels, scores[0], strict=True):
-        example = backbone.tokenize([Row("w2 w3", word)], OPTIONS, len(prompt))
-        torch.testing.assert_close(-score / len(tokens), backbone.loss(prompt, example))
+        example = family.tokenize([Row("w2 w3", word)], OPTIONS, len(prompt))
+        torch.testing.assert_close(-score / len(tokens), family.loss(prompt, example))
 
 
 @torch.no_grad()
@@ -162,6 +179,10 @@ def test_what_does_not_fit_the_context_is_refused(model_paths: dict[str, Path]) 
         OptionsError, match=r"27 virtual tokens, 22 source tokens and 16 target tokens are more than .* 64"
     ):
         llama.tokenize([row], OPTIONS, 64 - 16 - 22 + 1)
+    with pytest.raises(
+        OptionsError, match=r"64 virtual tokens, .* the model's context of 64: use a shorter soft prompt"
+    ):
+        llama.tokenize([Row("w1", "yes")], OPTIONS, 64)
 
 
 def test_the_model_digest_is_what_sha256sum_says(model_paths: dict[str, Path], tmp_path: Path) -> None:
@@ -186,11 +207,36 @@ def test_the_embedding_digest_is_the_fingerprint_of_the_embeddings(backbone: Bac
     assert backbone.embedding_digest() == fingerprint(backbone.embeddings.numpy())
 
 
-@pytest.mark.parametrize("config", [{"model_type": "vit"}, {"model_type": "nothing-known"}, None])
-def test_what_is_no_language_model_is_refused(tmp_path: Path, config: dict[str, str] | None) -> None:
+@pytest.mark.parametrize("config", [{"model_type": "nothing-known"}, None])
+def test_what_is_no_model_is_refused(tmp_path: Path, config: dict[str, str] | None) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="cannot load the model"):
+        Backbone.load(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "modernbert", "vit", "whisper"])
+def test_what_is_neither_encoder_decoder_nor_decoder_is_refused(tmp_path: Path, model_type: str) -> None:
+    """Before its weights are looked for."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ModelError, match=f"a model of type '{model_type}' takes no soft prompt here; supported"):
+        Backbone.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "why"),
+    [
+        ("xlnet", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}, "looks ahead"),
+        ("rwkv", {"hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2}, "reads padding"),
+        ("marian", BART | {"scale_embedding": True}, "scales what it is given as embeddings"),
+    ],
+)
+def test_what_reads_a_soft_prompt_in_a_way_of_its_own_is_refused(
+    model_paths: dict[str, Path], tmp_path: Path, model_type: str, config: dict[str, Any], why: str
+) -> None:
+    shutil.copytree(model_paths["decoder-only"], tmp_path, dirs_exist_ok=True)  # for the tokenizer
+    random_model(model_type, **config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="supported are encoder-decoder models"):
         Backbone.load(tmp_path)
 
 
@@ -249,3 +295,30 @@ def test_a_prompt_may_have_no_rows(backbone: Backbone, rows: list[Row]) -> None:
     first = backbone.embeddings[[example.source[0] for example in examples]][:, None]
     shorter = [example._replace(source=example.source[1:]) for example in examples]
     torch.testing.assert_close(backbone.loss(nothing, examples), backbone.loss(first, shorter))
+
+
+@torch.no_grad()
+def test_rounded_weights_keep_prompts_and_losses_in_float32(
+    model_paths: dict[str, Path], backbone: Backbone, prompt: Tensor, rows: list[Row]
+) -> None:
+    rounded = Backbone.load(model_paths[backbone.kind], precision="bfloat16")
+    assert {weight.dtype for weight in rounded.model.parameters()} == {torch.bfloat16}
+    assert rounded.embedding_digest() == backbone.embedding_digest()
+    examples = backbone.tokenize(rows, OPTIONS, len(prompt))
+    with torch.enable_grad():
+        prompt.requires_grad_()
+        loss = rounded.loss(prompt, examples)
+        (gradient,) = torch.autograd.grad(loss, prompt)
+        (expected,) = torch.autograd.grad(backbone.loss(prompt, examples), prompt)
+    assert (loss.dtype, gradient.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(loss, backbone.loss(prompt, examples), rtol=0.05, atol=0)
+    assert cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.5  # attention is sharp in these models
+    labels = [backbone.target_tokens(word) for word in LABELS]
+    assert rounded.label_scores(prompt, examples, labels).dtype == torch.float32
+    assert len(rounded.generate(prompt, examples, 3)) == len(rows)
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_a_cpu_computes_in_float32_unless_told_otherwise(model_paths: dict[str, Path], precision: Any) -> None:
+    backbone = Backbone.load(model_paths["decoder-only"], precision=precision)
+    assert {weight.dtype for weight in backbone.model.parameters()} == {torch.float32}

@@ -30,10 +30,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -46,7 +49,13 @@ from tpv.methods import TrainingOptions
 from tpv_worker.data import Example, Row
 from tpv_worker.errors import DataError, ModelError, OptionsError
 
+Precision = Literal["auto", "float32", "bfloat16"]
 IGNORED = -100  #: label of positions that no loss is taken on; cross_entropy's default
+KINDS = (
+    "supported are encoder-decoder models (T5 and its like) and decoder-only models (Llama, Qwen, Gemma, GPT-NeoX, "
+    "GPT-2 and their like) that transformers can load"
+)
+PROBE_TOLERANCE = 1e-3  #: of the logits' standard deviation; float32 rounding is far below, a wrong mask far above
 
 
 @dataclass(frozen=True)
@@ -89,20 +98,30 @@ class Backbone(ABC):
         self.tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end token, so a target would have no end")
+        self._digest: str | None = None
         self.end_token: int = tokenizer.eos_token_id
 
     @staticmethod
-    def load(path_or_id: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu") -> Backbone:
-        """The backbone of a local model directory, or of a hub id at a revision, with float32 weights.
+    def load(
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        precision: Precision = "float32",
+    ) -> Backbone:
+        """The backbone of a local model directory, or of a hub id at a revision.
 
-        Code that comes with a model is never run; a local directory needs no network.
-        Raises ModelError when it cannot be loaded.
+        Its weights are float32, or rounded to bfloat16 by `precision` (see `TrainingOptions`); soft prompts, logits and
+        losses are float32 in any case. Code that comes with a model is never run; a local directory needs no network.
+        Raises ModelError when it cannot be loaded, or is of a kind that takes no soft prompt here.
         """
+        device = torch.device(device)
         where: dict[str, Any] = {"revision": revision, "local_files_only": Path(path_or_id).is_dir()}
         loading = {"dtype": torch.float32, "output_loading_info": True, **where}
         try:
             config = AutoConfig.from_pretrained(path_or_id, **where)
-            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            kind = _kind(config)
+            auto = AutoModelForSeq2SeqLM if kind is EncoderDecoder else AutoModelForCausalLM
             loaded: Any = auto.from_pretrained(path_or_id, config=config, **loading)
             tokenizer = AutoTokenizer.from_pretrained(path_or_id, **where)
         # Missing files, unknown architectures, weights of another shape, damaged weights.
@@ -112,27 +131,65 @@ class Backbone(ABC):
         if info["missing_keys"]:  # transformers would go on with random weights in their place
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise ModelError(f"the weights of {path_or_id} lack {len(info['missing_keys'])} tensors: {missing}")
-        kind = EncoderDecoder if config.is_encoder_decoder else DecoderOnly
-        return kind(model.to(device), tokenizer)
+        backbone = kind(model, tokenizer)
+        backbone.probe()
+        if precision == "bfloat16" or (precision == "auto" and _computes_bfloat16(device)):
+            backbone.embedding_digest()  # of what is rounded away now
+            model.to(torch.bfloat16)
+        model.to(device)
+        return backbone
 
     @property
     def device(self) -> torch.device:
-        return self.embeddings.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
     @property
     def embeddings(self) -> Tensor:
-        """The input embeddings (vocabulary, d), float32."""
-        weight: Tensor = self.model.get_input_embeddings().weight
-        return weight
+        """What the model reads for each token, (vocabulary, d): some models scale the embeddings in their files."""
+        table = self.model.get_input_embeddings()
+        if type(table) is nn.Embedding:
+            return table.weight
+        scaled: Tensor = table(torch.arange(table.num_embeddings, device=self.device))
+        return scaled
 
     @property
     def token_dim(self) -> int:
         """The width d of the input embeddings, and so of a soft prompt."""
-        return self.embeddings.shape[1]
+        width: int = self.model.get_input_embeddings().weight.shape[1]
+        return width
 
     def embedding_digest(self) -> str:
         """`sha256:...` of the float32 input embeddings: their fingerprint."""
-        return fingerprint(self.embeddings.float().cpu().numpy())
+        if self._digest is None:
+            self._digest = fingerprint(self.embeddings.float().cpu().numpy())
+        return self._digest
+
+    def compile(self) -> None:
+        """Compiles the model by `torch.compile`: the first steps take long, minutes for large models."""
+        self.model.compile()
+
+    @torch.no_grad()
+    def probe(self) -> None:
+        """Tries on a few tokens whether the model takes a soft prompt the way this class gives it.
+
+        The embeddings of tokens as soft prompt have to read as the tokens, in a batch with padding as alone, and a
+        decoder must not look ahead. Raises ModelError otherwise: every model that transformers has for an architecture
+        is welcome, and what is silently wrong (positions that count padding, embeddings scaled in some other place)
+        is found here.
+        """
+        name = type(self.model).__name__
+        vocabulary = len(self.model.get_input_embeddings().weight)
+        a, b, c, d, e, f, g, h = (vocabulary * i // 9 for i in range(1, 9))
+        batch = [Example(source, [f, self.end_token], "") for source in ([c, d], [c, d, e, g, h])]
+        try:
+            prompt = self.model.get_input_embeddings()(torch.tensor([a, b], device=self.device))
+            read = self.predictions(prompt, batch).logits
+            plain = torch.stack([self._plain([a, b, *example.source], example.target) for example in batch])
+        except Exception as error:  # of any sort: each architecture has its own ideas of what can be passed
+            raise ModelError(f"{name} takes no soft prompt ({type(error).__name__}: {error}); {KINDS}") from error
+        if not (read - plain).abs().max() <= PROBE_TOLERANCE * plain.std():
+            raise ModelError(f"{name} does not read a soft prompt as it reads tokens, padded or not; {KINDS}")
 
     def num_virtual_tokens(self, prompt: Prompt) -> int:
         """Rows r of a prompt; a function is tried on one token of zeros."""
@@ -170,12 +227,15 @@ class Backbone(ABC):
             for row, source in zip(rows, sources, strict=True)
         ]
         # T5's positions are relative and without a limit: it has no such number.
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         source_tokens = max(len(example.source) for example in examples)
-        if context and num_virtual_tokens + source_tokens + options.max_target_tokens > context:
+        needed = num_virtual_tokens + source_tokens + options.max_target_tokens
+        if context and needed > context:
+            short = needed - source_tokens >= context
             raise OptionsError(
                 f"{num_virtual_tokens} virtual tokens, {source_tokens} source tokens and {options.max_target_tokens} "
-                f"target tokens are more than the model's context of {context}: lower max_source_tokens"
+                f"target tokens are more than the model's context of {context}: "
+                + ("use a shorter soft prompt" if short else "lower max_source_tokens")
             )
         return examples
 
@@ -192,6 +252,10 @@ class Backbone(ABC):
     def loss(self, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
         """Mean cross entropy, in nats, over all tokens of the batch's targets: a scalar, differentiable."""
         return self.predictions(prompt, batch).cross_entropy()
+
+    @abstractmethod
+    def _plain(self, tokens: list[int], target: list[int]) -> Tensor:
+        """Logits (len(target), vocabulary) of a target after tokens, by the model alone without anything of ours."""
 
     @abstractmethod
     def predictions(self, prompt: Prompt, batch: Sequence[Example], *, hidden: bool = False) -> Predictions:
@@ -240,6 +304,11 @@ class EncoderDecoder(Backbone):
 
     kind = "encoder-decoder"
 
+    def _plain(self, tokens: list[int], target: list[int]) -> Tensor:
+        ids = torch.tensor([tokens], device=self.device)
+        logits: Tensor = self._decoded(torch.tensor([target], device=self.device), input_ids=ids).logits[0]
+        return logits
+
     def predictions(self, prompt: Prompt, batch: Sequence[Example], *, hidden: bool = False) -> Predictions:
         labels, _ = self._padded([example.target for example in batch], IGNORED, "right")
         inputs = self._inputs(prompt, batch)
@@ -278,6 +347,12 @@ class DecoderOnly(Backbone):
     """Llama and its like: soft prompt, source, separator and target are one sequence."""
 
     kind = "decoder-only"
+
+    def _plain(self, tokens: list[int], target: list[int]) -> Tensor:
+        ids = torch.tensor([[*tokens, *target, *target]], device=self.device)  # more than it may look at
+        first = len(tokens) - 1
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0, first : first + len(target)]
+        return logits
 
     def predictions(self, prompt: Prompt, batch: Sequence[Example], *, hidden: bool = False) -> Predictions:
         labels, _ = self._padded([example.target for example in batch], IGNORED, "left")
@@ -341,6 +416,23 @@ class DecoderOnly(Backbone):
             "attention_mask": mask.long(),
             "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
         }
+
+
+def _kind(config: Any) -> type[Backbone]:
+    """Raises ModelError for anything but an encoder-decoder or a decoder of text."""
+    kind = type(config)
+    if config.is_encoder_decoder and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return EncoderDecoder
+    # BERT and its like can be loaded as decoders, and would still look ahead.
+    looks_ahead = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if not config.is_encoder_decoder and kind in MODEL_FOR_CAUSAL_LM_MAPPING and not looks_ahead:
+        return DecoderOnly
+    raise ModelError(f"a model of type {config.model_type!r} takes no soft prompt here; {KINDS}")
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it; a CPU, where it is often slower than float32, is never asked."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _log_probability(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -81,6 +81,9 @@ def train(
             validation.append((task, backbone.tokenize(judged, options, rows, place)))
     method.prepare(tasks, source_tasks, report)
 
+    if options.compile:
+        backbone.compile()
+
     groups = method.parameter_groups()
     optimizer = torch.optim.AdamW(groups, betas=options.adam_betas, eps=options.adam_epsilon)
     parameters = [parameter for group in groups for parameter in group["params"]]

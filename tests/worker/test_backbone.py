@@ -165,6 +165,15 @@ def test_a_target_over_the_limit_is_an_error(backbone: Backbone) -> None:
         backbone.tokenize([Row("w1", "w1 w2 w3")], options, 3)
 
 
+def test_a_source_is_tokenized_once_for_each_way_of_cutting_it(backbone: Backbone, rows: list[Row]) -> None:
+    first, again = (backbone.tokenize(rows, OPTIONS, 3) for _ in range(2))
+    assert all(one.source is other.source for one, other in zip(first, again, strict=True))
+    short = backbone.tokenize(rows, OPTIONS.model_copy(update={"max_source_tokens": 2}), 3)
+    other = backbone.tokenize(rows, OPTIONS.model_copy(update={"separator": "w9"}), 3)
+    assert max(len(example.source) for example in short) <= 3
+    assert (first == other) == (backbone.kind == "encoder-decoder")
+
+
 @pytest.mark.parametrize("rows", [[], [Row("w1", " ")]])
 def test_no_rows_and_empty_targets_are_errors(backbone: Backbone, rows: list[Row]) -> None:
     with pytest.raises(DataError):

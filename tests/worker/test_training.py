@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from tpv.files import fingerprint
 from tpv.methods import DtvgOptions, PromptTuningOptions, TpvSumOptions, TrainingOptions
 from tpv_worker.backbone import Backbone, Prompt, Reading
 from tpv_worker.data import Example, Row, Task
-from tpv_worker.errors import DataError, TrainingDiverged
+from tpv_worker.errors import DataError, OptionsError, TrainingDiverged
 from tpv_worker.evaluation import evaluate
 from tpv_worker.methods import Dtvg, Given, PromptTuning, Snapshot, TuningMethod
 from tpv_worker.training import LOG_EVERY, TrainingResult, rate, train
@@ -191,13 +192,44 @@ def test_what_report_raises_ends_the_run(backbone: Backbone, prompt: Tensor, row
         run(backbone, prompt_tuning(backbone, prompt), rows, rows, report=cancel)
 
 
-def test_bad_rows_are_found_before_the_first_step(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
-    method = prompt_tuning(backbone, prompt)
-    long = [Row("w1", " ".join(["w2"] * 17))]
-    for train_rows, validation_rows in (([], rows), (long, rows), (rows, long)):
-        with pytest.raises(DataError):
-            run(backbone, method, train_rows, validation_rows)
-    assert torch.equal(method.snapshot().prompt, prompt)
+LONG = " ".join(["w2"] * 17)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"train": []}, "there are no rows"),
+        ({"train": [Row("w1", LONG)]}, "the target 'w2 w2 .*' has 17 tokens, max_target_tokens is 16"),
+        ({"validation": [Row("w1", LONG)]}, "the target 'w2 w2 .*' has 17 tokens, max_target_tokens is 16"),
+        ({"train": [Row("w1", " ")]}, "the target ' ' has no tokens"),
+        ({"label_words": ("yes", LONG)}, "the target 'w2 w2 .*' has 17 tokens, max_target_tokens is 16"),
+        ({"label_words": ("yes", "oui", "non")}, "the label words 'oui' and 'non' are the same tokens to this model"),
+    ],
+)
+def test_bad_data_is_named_before_anything_is_done(
+    backbone: Backbone, prompt: Tensor, rows: list[Row], task: dict[str, Any], message: str
+) -> None:
+    class Prepared(PromptTuning):
+        def prepare(self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Any) -> None:
+            pytest.fail("an hour of preparation for nothing")
+
+    method = Prepared(PromptTuningOptions(**OPTIONS), Given(backbone=backbone, initialization=prompt))
+    good = Task(train=rows, validation=rows, label_words=("yes", "no"))
+    with pytest.raises(DataError, match=message):
+        train(backbone, method, [good, replace(good, **task)], options=method.options, seed=0)
+
+
+def test_a_prompt_that_does_not_fit_the_model_is_named(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    with pytest.raises(OptionsError, match="the soft prompt has width 15, the model's embeddings 16"):
+        run(backbone, prompt_tuning(backbone, prompt[:, 1:]), rows, [])
+    if backbone.kind == "decoder-only":
+        with pytest.raises(OptionsError, match=r"60 virtual tokens, .* are more than the model's context of 64"):
+            run(backbone, prompt_tuning(backbone, prompt.repeat(20, 1)), rows, [])
+
+
+def test_nothing_to_train_on_is_an_error(backbone: Backbone, prompt: Tensor) -> None:
+    with pytest.raises(DataError, match="there is no task"):
+        train(backbone, prompt_tuning(backbone, prompt), [], options=TrainingOptions(), seed=0)
 
 
 def test_schedules() -> None:

@@ -39,7 +39,7 @@ def evaluate(
     With label words the prediction is the most likely of them. Without, it is the text that greedy decoding writes,
     and it counts when it equals the target, both stripped of surrounding white space.
     """
-    labels = [backbone.target_tokens(word) for word in label_words or ()]
+    labels = backbone.label_tokens(label_words or (), options)
     # Rows of about equal length together: the answer does not depend on padding, the time does.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].source))
     found: dict[int, str] = {}

@@ -76,6 +76,7 @@ def train(
     rows = backbone.num_virtual_tokens(method.snapshot().prompt)
     examples, validation = [], []
     for place, task in enumerate(tasks):
+        backbone.label_tokens(task.label_words or (), options)  # looked at now, needed at the first validation
         examples += backbone.tokenize(task.train, options, rows, place)
         if judged := task.validation[: options.evaluate_rows]:
             validation.append((task, backbone.tokenize(judged, options, rows, place)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import psutil
 import pytest
 import torch
 
-from tpv import Client, Job
+from tpv import Client, Job, files
+from tpv.cli import main as cli
 from tpv.errors import JobFailed
-from tpv.methods import InitializeOptions, PromptTuningOptions
+from tpv.methods import METHODS, InitializeOptions, PromptTuningOptions
 from tpv.schemas.initializations import BaseModelFacts
 from tpv_worker.backbone import Backbone
 from tpv_worker.data import Row
@@ -147,6 +149,85 @@ def test_initialize_tune_and_transfer(client: Client, model: Path) -> None:
             assert figure.n == len(read)
 
 
+def test_every_method_is_one_word(
+    client: Client, model_paths: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_paths["encoder-decoder"]
+    initialization = client.initializations.create(
+        "every/family", base_model=str(model), num_virtual_tokens=NUM_VIRTUAL_TOKENS, seed=7, timeout=120
+    )
+    start = client.initializations.load(initialization)
+    for name, word in (("one", 1), ("two", 2), ("goal", 3), ("more", 4)):
+        client.datasets.upload(f"every/{name}", rows(word, 24), rows(word, 8), rows(word + 4, 12), label_words=LABELS)
+    for number in range(10):  # of a centre
+        client.vectors.register(f"every/s{number}", vector=start * number, initialization=initialization)
+    few = {"steps": 4, "batch_size": 4, "evaluate_every": 2}
+    common = {"dataset": "every/goal", "initialization": initialization, **few}
+    sources = ["every/one", "every/two"]
+    client.jobs.wait_all(
+        [client.jobs.tune(**common | {"dataset": source, "output": source}) for source in sources], timeout=120
+    )
+    small: dict[str, dict[str, Any]] = {
+        "dtvg": {"center": True},
+        "attempt": {"bottleneck": 2},
+        "mpt": {"source_steps": 4},
+        "dept": {"prompt_tokens": 2, "rank": 2},
+        "lora": {"rank": 2},
+    }
+
+    jobs: dict[str, Job] = {}
+    for name, method in METHODS.items():
+        if method.result == "initialization":
+            continue
+        members = common | small.get(name, {}) | {"method": name}
+        if method.result == "vector":
+            members["output"] = f"every/goal-{name}"
+        if method.datasets:
+            members["datasets"] = sources if method.datasets == "sources" else ["every/more"]
+        if method.target:
+            members |= {"target": "every/goal", "target_options": few}
+        ask = client.jobs.transfer if method.sources else client.jobs.tune
+        jobs[name] = ask(**members | ({"sources": sources} if method.sources else {}))
+    client.jobs.wait_all(list(jobs.values()), timeout=300)
+
+    for name, job in jobs.items():
+        method = METHODS[name]
+        both = method.datasets == "together"
+        further = "every/more:1" if both else "every/goal:1"
+        assert {(e.dataset, e.split) for e in job.evaluations} == {
+            (dataset, split) for dataset in ("every/goal:1", further) for split in ("validation", "test")
+        }
+        assert ("every/more:1/test/majority" in job.metrics) == both
+        assert job.metrics["test/accuracy"] == next(
+            e.value for e in job.evaluations if (e.dataset, e.split) == ("every/goal:1", "test")
+        )
+        assert all(client.vectors.predictions(evaluation) for evaluation in job.evaluations)
+        assert (job.result is not None, job.artifact is not None) == {
+            "vector": (True, False),
+            "artifact": (False, True),
+            "metrics": (False, False),
+        }[method.result]
+        if job.result:
+            assert client.vectors.describe(f"every/goal-{name}").tasks == ["every/goal", "every/more"][: 1 + both]
+            assert np.isfinite(client.vectors.get(job.result).load().tensor).all()
+        if job.artifact:
+            tensors = files.load(client.jobs.download(job, tmp_path / name).read_bytes())
+            assert tensors
+            assert files.metadata((tmp_path / name).read_bytes()) == {"method": name}
+            assert job.provenance is not None
+            assert job.provenance["best_step"] in (2, 4)
+    center = jobs["dtvg"].spec.center
+    assert center is not None
+    assert center.size == 12  # the ten, and the two sources
+
+    status = cli.main(["--url", str(client.url), "job", "compare", *(str(job.id) for job in jobs.values()), "--paired",
+                       str(jobs["prompt-tuning"].id), "--json"])  # fmt: skip
+    compared = json.loads(capsys.readouterr().out)["results"]
+    assert status == 0
+    assert [entry["method"] for entry in compared] == list(jobs)
+    assert [entry["value"] for entry in compared] == [job.metrics["test/accuracy"] for job in jobs.values()]
+
+
 def test_the_same_job_again_gives_the_same_bytes(client: Client, model: Path) -> None:
     first, second = (training(client, model, output="same", **FAST) for _ in range(2))
     client.jobs.wait_all([first, second], timeout=120)
@@ -177,6 +258,20 @@ def test_a_job_that_cannot_succeed_says_why(
     with pytest.raises(JobFailed, match=text) as caught:
         client.jobs.initialize(num_virtual_tokens=NUM_VIRTUAL_TOKENS, **arguments).wait(timeout=60)
     assert caught.value.job.reason == reason
+
+
+def test_rows_that_do_not_fit_are_found_before_training(client: Client, model_paths: Models) -> None:
+    space, model = "misfits", model_paths["encoder-decoder"]
+    client.initializations.create(
+        f"{space}/family", base_model=str(model), num_virtual_tokens=NUM_VIRTUAL_TOKENS, seed=8, timeout=120
+    )
+    long = [{"source": "w1", "target": " ".join(["w2"] * 30)}]
+    client.datasets.upload(f"{space}/one", rows(1, 8), rows(1, 8), long)
+    job = client.jobs.tune(dataset=f"{space}/one", initialization=f"{space}/family", output=f"{space}/one", **FAST)
+    with pytest.raises(JobFailed, match="has 30 tokens, max_target_tokens is 16") as caught:
+        job.wait(timeout=60)
+    assert caught.value.job.reason == "data"
+    assert "progress" not in {event.type for event in job.events()}
 
 
 def test_another_model_than_the_initializations_is_refused(client: Client, model_paths: Models) -> None:

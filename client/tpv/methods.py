@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from tpv.grouping import Strategy
 
@@ -96,7 +96,7 @@ class TpvSumOptions(TrainingOptions):
     """Belanec et al. 2024, Task Prompt Vectors: P_init + scale * the sum of the sources' vectors, then tuned."""
 
     steps: int = Field(1000, ge=0, description="Optimizer steps at most; 0: zero-shot.")
-    scales: list[float] = Field(
+    scales: list[FiniteFloat] = Field(
         [1.0],
         min_length=1,
         max_length=100,
@@ -114,9 +114,11 @@ class DtvgOptions(TrainingOptions):
     strategy: Strategy = Field(
         "greedy", description="Grouping strategy: greedy is Algorithm 2, prefix what the authors' released code runs."
     )
-    trade_off: float | None = Field(None, ge=0, description="exact: lambda of Eq. 5; none: 1.")
-    max_size: int | None = Field(None, ge=1, description="Largest group.")
-    min_similarity: float | None = Field(None, description="Least similarity of a source; none: the strategy's rule.")
+    trade_off: FiniteFloat | None = Field(None, ge=0, description="exact: lambda of Eq. 5; none: 1.")
+    max_size: int | None = Field(None, ge=1, description="Largest group; k of top-k.")
+    min_similarity: FiniteFloat | None = Field(
+        None, description="Least similarity of a source; none: the strategy's rule."
+    )
     regroup_every: int = Field(1, ge=1, description="Steps between two groupings; the paper groups at every step.")
     grouping: Literal["dynamic", "fixed-group", "only-target"] = Field(
         "dynamic", description="The paper's ablations (4.3): the first group for good, or no sources at all."
@@ -126,9 +128,11 @@ class DtvgOptions(TrainingOptions):
     )
 
     @model_validator(mode="after")
-    def _trade_off(self) -> Self:
+    def _strategy(self) -> Self:
         if self.trade_off is not None and self.strategy != "exact":
             raise ValueError(f"trade_off belongs to the strategy exact; {self.strategy} takes none")
+        if self.max_size is None and self.strategy == "top-k":
+            raise ValueError("the strategy top-k needs max_size, its k")
         return self
 
 

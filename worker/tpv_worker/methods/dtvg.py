@@ -11,14 +11,18 @@ on the rescaled vectors, merges by Eq. 6, and takes a gradient step on the targe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tpv.grouping import group
+from tpv.grouping import EXACT_LIMIT, group
 from tpv.methods import DtvgOptions
-from tpv_worker.methods.protocol import Given, Snapshot, TuningMethod
+from tpv_worker.data import Task
+from tpv_worker.errors import OptionsError, TrainingDiverged
+from tpv_worker.methods.protocol import Given, Report, Snapshot, TuningMethod
+from tpv_worker.methods.watch import Watch
 
 
 class Dtvg(TuningMethod):
@@ -31,42 +35,66 @@ class Dtvg(TuningMethod):
 
     Weight decay acts on T_t only. The paper gives one figure for everything (C.2), but decay pulls towards zero, and a
     scaling term's neutral value is one: it would slowly switch every source off, the unused ones too.
+
+    The ablations of 4.3: `only-target` has no group at all, so alpha_s is not trained (r * d + r parameters);
+    `fixed-group` keeps the group of the start. With `center`, ours, the pooled vectors of Eq. 2 are taken less the
+    centre of a reference pool (`tpv.similarity.dot_centered`).
     """
 
     def __init__(self, options: DtvgOptions, given: Given) -> None:
+        """Raises OptionsError for options that do not fit what is given."""
         super().__init__()
         assert given.target is not None
         assert given.sources is not None
+        n = len(given.sources)
+        if options.strategy == "exact" and n > EXACT_LIMIT:
+            raise OptionsError(f"the strategy exact takes at most {EXACT_LIMIT} sources, and here are {n}; use greedy")
+        if options.center and given.center is None:
+            raise OptionsError("`center` needs the mean pooled vector of a reference pool, and none is given")
         self.options = options
+        self.center = given.center if options.center else None
         self.P_init, self.T_s = given.initialization, given.sources
         self.T_t = nn.Parameter(given.target.clone())
         self.alpha_t = nn.Parameter(torch.ones_like(given.target[:, 0]))
         self.alpha_s = nn.Parameter(torch.ones_like(given.sources[:, :, 0]))
-        self.members: tuple[int, ...] = ()
         self.step = 0
+        self.members: tuple[int, ...] = () if options.grouping == "only-target" else self._group()
+
+        self.names = given.source_names or [f"source {i}" for i in range(n)]
+        largest = 0 if options.grouping == "only-target" else min(n, options.max_size or n)
+        self.watch = Watch(options.steps, self.names, largest)
+        self.facts = self.watch.facts
+
+    def prepare(self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Report) -> None:
+        self.watch.report = report
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         options = self.options
-        return [
+        of_target = [
             {"params": [self.T_t], "lr": options.learning_rate, "weight_decay": options.weight_decay},
             {
                 "params": [self.alpha_t],
                 "lr": options.target_scale_learning_rate or options.learning_rate,
                 "weight_decay": 0.0,
             },
-            {"params": [self.alpha_s], "lr": options.source_scale_learning_rate, "weight_decay": 0.0},
         ]
+        if options.grouping == "only-target":
+            return of_target
+        return [*of_target, {"params": [self.alpha_s], "lr": options.source_scale_learning_rate, "weight_decay": 0.0}]
 
     def prompt(self) -> Tensor:
-        if self.step % self.options.regroup_every == 0:
+        if self.options.grouping == "dynamic" and self.step % self.options.regroup_every == 0:
             self.members = self._group()
         self.step += 1
+        self.watch.saw(self.members)
         return self._mix(self.members)
 
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
-        """The group is recomputed from the present parameters, whatever the last training step used, and then fixed."""
-        members = self._group()
+        """A dynamic group is recomputed from the present parameters, whatever the last step used, and then fixed."""
+        members = self._group() if self.options.grouping == "dynamic" else self.members
+        sizes = torch.cat([self.alpha_t[None], self.alpha_s[list(members)]]).abs().mean(dim=1).tolist()
+        self.watch.sizes(zip(["the target", *(self.names[i] for i in members)], sizes, strict=True))
         tensors = {"target_vector": self.T_t, "target_scale": self.alpha_t, "source_scales": self.alpha_s}
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         return Snapshot(prompt=self._mix(members), members=members, tensors=copies)
@@ -74,10 +102,25 @@ class Dtvg(TuningMethod):
     @torch.no_grad()
     def _group(self) -> tuple[int, ...]:
         """Algorithm 2 on the pooled rescaled vectors of Eq. 2: means over the rows of alpha * T."""
-        rows = len(self.alpha_t)
-        target = self.alpha_t @ self.T_t / rows  # (d,)
-        sources = torch.einsum("nr,nrd->nd", self.alpha_s, self.T_s) / rows
-        return group(target, sources, strategy=self.options.strategy).members
+        options, rows = self.options, len(self.alpha_t)
+        target: Any = self.alpha_t @ self.T_t / rows  # (d,)
+        sources: Any = torch.bmm(self.alpha_s[:, None], self.T_s)[:, 0] / rows  # (n, d)
+        if self.center is not None:
+            target, sources = target - self.center, sources - self.center
+        if sources.device.type == "cpu":  # NumPy's views of the same memory: only the products asked for are taken
+            target, sources = target.numpy(), sources.numpy()
+        try:
+            return group(
+                target,
+                sources,
+                strategy=options.strategy,
+                trade_off=options.trade_off,
+                max_size=options.max_size,
+                min_similarity=options.min_similarity,
+                trace_size=0,
+            ).members
+        except ValueError as error:  # options and shapes do fit
+            raise TrainingDiverged(self.step, "similarity of a source") from error
 
     def _mix(self, members: tuple[int, ...]) -> Tensor:
         """Eq. 6."""

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tpv.methods import PromptTuningOptions
+from tpv.methods import TrainingOptions
 from tpv_worker.methods.protocol import Given, Snapshot, TuningMethod
 
 
 class PromptTuning(TuningMethod):
     """Trains P from P_init: r * d parameters. Weight decay acts on P itself, as in plain AdamW on a soft prompt."""
 
-    def __init__(self, options: PromptTuningOptions, given: Given) -> None:
+    def __init__(self, options: TrainingOptions, given: Given) -> None:
         super().__init__()
         self.options = options
         self.P = nn.Parameter(given.initialization.clone())

@@ -79,15 +79,32 @@ async def _nearest(
     """Rows of the pool that may be among the best k, their similarities, and how they were found if not by all."""
     if asked.metric == "cosine-flat":
         return await _nearest_flat(request, session, query, pool, asked)
-    if asked.metric == "dot" and asked.accuracy != "exact":
-        found = await _by_index(request, session, query, pool, asked)
-        if found is not None:
-            return found
+    if asked.metric == "dot":
+        if asked.accuracy != "approximate" and (found := await run_in_threadpool(_by_sketch, query, pool, asked.k)):
+            return *found, None
+        if asked.accuracy != "exact" and (indexed := await _by_index(request, session, query, pool, asked)):
+            return indexed
     measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool)
     await release(session)
     similarities = await run_in_threadpool(measure.one_with_many, query.pooled, pool.matrix, pool.where)
     rows = scores.best(similarities, pool.where, asked.k)
     return rows, similarities[rows], None
+
+
+def _by_sketch(query: Query, pool: Candidates, k: int) -> tuple[Rows, NDArray[np.float32]] | None:
+    """Exactly the best k, found without comparing all; None when that is not possible."""
+    if pool.snapshot is None or pool.snapshot.sketch is None:
+        return None
+    rows = pool.snapshot.sketch.promising(pool.matrix, query.pooled, pool.where, k)
+    return None if rows is None else _compared(query, pool, rows, k)
+
+
+def _compared(query: Query, pool: Candidates, rows: Rows, k: int) -> tuple[Rows, NDArray[np.float32]]:
+    """The best k of some candidates, by `dot`."""
+    everywhere = np.ones(len(rows), dtype=bool)
+    similarities = scores.Measure(metric="dot").one_with_many(query.pooled, pool.matrix[rows], everywhere)
+    kept = scores.best(similarities, everywhere, k)
+    return rows[kept], similarities[kept]
 
 
 async def _nearest_flat(
@@ -132,11 +149,8 @@ async def _by_index(
         rows = snapshot.rows_of(as_bytes(ids))
         rows = rows[pool.where[rows]]
         if len(rows) >= wanted:
-            everywhere = np.ones(len(rows), dtype=bool)
-            similarities = scores.Measure(metric="dot").one_with_many(query.pooled, pool.matrix[rows], everywhere)
-            kept = scores.best(similarities, everywhere, asked.k)
             how = f"an HNSW index gave {len(ids)} (ef_search {ef_search}), which were compared exactly"
-            return rows[kept], similarities[kept], how
+            return *_compared(query, pool, rows, asked.k), how
         count *= 8
     return None  # the filter leaves so few that the index does not find them
 

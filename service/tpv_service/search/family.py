@@ -19,6 +19,8 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import NDArray
 
+from tpv_service.search.sketch import Sketch, sketch_of
+
 Rows = NDArray[np.intp]
 Mask = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
@@ -27,7 +29,8 @@ Sorted = tuple[Rows, NDArray[np.uint64]]  #: rows in the order of their ids' sec
 RECORD = np.dtype([("id", "V16"), ("vector", "V16"), ("txid", "<u8"), ("number", "<i4")])
 
 _BLOCK = 1 << 26  #: bytes that are read at a time to check them
-_TAIL = 8  #: rows are sorted anew when one in so many has come since
+_SKETCHED = 20_000_000  #: numbers; fewer are multiplied as fast as a sketch is asked
+_TAIL = 8  #: rows are sorted, and sketched, anew when one in so many has come since
 _MANY = 64  #: vectors; the newest versions of more are found by sorting all rows once
 
 
@@ -40,6 +43,7 @@ class Snapshot:
     alive: Mask  #: (n,), neither version nor vector is deleted
     newest: Mask  #: (n,), the newest living version of its vector
     places: Sorted  #: of the first rows, most of them all
+    sketch: Sketch | None = None  #: of the first rows; none of a family that is multiplied as fast
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -96,6 +100,7 @@ class Family:
         self._places = _sorted(np.zeros(0, RECORD))
         self.snapshot = self._map(count, alive, np.zeros(count, dtype=bool))
         self._touched: list[NDArray[Any]] = [self.snapshot.records["vector"]]
+        self._recent = np.arange(count)  #: rows that may be of a transaction since the horizon, which only grows
         self.settle()
 
     def append(self, records: NDArray[Any], pooled: Float32, alive: Mask, horizon: int) -> None:
@@ -111,8 +116,9 @@ class Family:
         count = len(now) + len(records)
         self._write_entry(count, [zlib.crc32(content) for content in contents], horizon)
         newest = np.concatenate([now.newest, np.zeros_like(alive)])
-        self.snapshot = self._map(count, np.concatenate([now.alive, alive]), newest)
+        self.snapshot = replace(self._map(count, np.concatenate([now.alive, alive]), newest), sketch=now.sketch)
         self._touched.append(records["vector"])
+        self._recent = np.concatenate([self._recent, np.arange(len(now), count)])
 
     def settle(self, horizon: int | None = None) -> None:
         """Finds the newest versions among what was added since the last time, and keeps the horizon if one is given."""
@@ -120,6 +126,9 @@ class Family:
         self._touched = [touched[:0]]
         if len(touched):
             self.snapshot = _with_newest(self.snapshot, touched)
+        now = self.snapshot
+        if now.matrix.size >= _SKETCHED and _TAIL * (len(now) - len(now.sketch or ())) > len(now):
+            self.snapshot = replace(now, sketch=sketch_of(now.matrix, now.sketch))
         if horizon is not None:
             self._write_entry(len(self.snapshot), [0, 0], horizon)
 
@@ -147,7 +156,8 @@ class Family:
     def since_horizon(self) -> list[UUID]:
         """The versions that a look at everything since the horizon would find again."""
         records = self.snapshot.records
-        return [UUID(bytes=version.tobytes()) for version in records["id"][records["txid"] >= self.horizon]]
+        self._recent = self._recent[records["txid"][self._recent] >= self.horizon]
+        return [UUID(bytes=version.tobytes()) for version in records["id"][self._recent]]
 
     def _map(self, count: int, alive: Mask, newest: Mask) -> Snapshot:
         if count == 0:

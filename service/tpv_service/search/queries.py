@@ -10,7 +10,7 @@ from uuid import UUID
 import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, LargeBinary, Uuid, any_, func, literal, select, union_all
+from sqlalchemy import CTE, ColumnElement, LargeBinary, Uuid, any_, false, func, literal, select, union_all
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.concurrency import run_in_threadpool
@@ -221,21 +221,22 @@ async def _doubtful(
     """id -> (reference, reason) of the versions that may not help this query, wherever they are."""
     own_ids = [row.id for row in query.versions]
     own = [row.vector_id for row in query.versions]
-    made: set[UUID] = set()
+    made: ColumnElement[bool] = false()
     if allow_same_task:
         doubtful = [select(VersionRow.id).where(VersionRow.id.in_(own_ids))]
     else:
-        made = await _descendants(session, own)
+        descendants = _descendants(own)
+        made = VersionRow.id.in_(select(descendants.c.version_id))
         same_task = select(VersionRow.id).join(VersionRow.vector).where(VectorRow.tasks.overlap(query.tasks))
         if family is not None:
             same_task = same_task.where(VersionRow.initialization_id == family)
         doubtful = [  # one statement each, for each has an index of its own
             select(VersionRow.id).where(VersionRow.vector_id.in_(own)),
-            select(VersionRow.id).where(_among(made)),
+            select(descendants.c.version_id),
             *([same_task] if query.tasks else []),
         ]
     rows = await session.execute(
-        select(VersionRow.id, VersionRow.vector_id, VectorRow.namespace, VectorRow.name, VersionRow.number)
+        select(VersionRow.id, VersionRow.vector_id, VectorRow.namespace, VectorRow.name, VersionRow.number, made)
         .join(VersionRow.vector)
         .where(VersionRow.id.in_(union_all(*doubtful)))
     )
@@ -243,13 +244,13 @@ async def _doubtful(
     return {
         version: (
             f"{namespace}/{name}:{number}",
-            itself if vector in own else "made from the target" if version in made else "the target's own task",
+            itself if vector in own else "made from the target" if made_from_it else "the target's own task",
         )
-        for version, vector, namespace, name, number in rows
+        for version, vector, namespace, name, number, made_from_it in rows
     }
 
 
-async def _descendants(session: AsyncSession, vectors: Sequence[UUID]) -> set[UUID]:
+def _descendants(vectors: Sequence[UUID]) -> CTE:
     """Every version that was made, over any number of steps, from a version of these names."""
     made = (
         select(ParentRow.version_id)
@@ -257,8 +258,7 @@ async def _descendants(session: AsyncSession, vectors: Sequence[UUID]) -> set[UU
         .where(VersionRow.vector_id.in_(vectors))
         .cte("made", recursive=True)
     )
-    made = made.union(select(ParentRow.version_id).join(made, ParentRow.parent_id == made.c.version_id))
-    return set(await session.scalars(select(made.c.version_id)))
+    return made.union(select(ParentRow.version_id).join(made, ParentRow.parent_id == made.c.version_id))
 
 
 async def pooled_of(session: AsyncSession, rows: Sequence[VersionRow]) -> Float32:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from procrastinate import App, PsycopgConnector
-from procrastinate.jobs import Status
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -29,11 +28,12 @@ class Lost(NamedTuple):
     job: UUID
     queue_id: int
     held: bool  #: by a worker that has gone silent; else the entry itself has ended
+    heartbeat: datetime | None  #: the worker's last one
 
 
 _LOST = text(
     f"""
-    select jobs.id, jobs.queue_id, entry.status is not distinct from 'doing'
+    select jobs.id, jobs.queue_id, entry.status is not distinct from 'doing', worker.last_heartbeat
     from jobs
     left join {QUEUE_SCHEMA}.procrastinate_jobs entry on entry.id = jobs.queue_id
     left join {QUEUE_SCHEMA}.procrastinate_workers worker on worker.id = entry.worker_id
@@ -45,11 +45,18 @@ _LOST = text(
     """  # noqa: S608 # only a constant is put in
 )
 
+# What the queue's own `finish_job_by_id_async` does, but for the error when the worker was quicker.
+_END = text(
+    f"update {QUEUE_SCHEMA}.procrastinate_jobs set status = 'aborted', abort_requested = false"  # noqa: S608 # a constant
+    " where id = :queue_id and status = 'doing'"
+)
+
 
 class Queue:
     """What the service does with the queue; the worker takes from it."""
 
     def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         url = settings.database_url.get_secret_value().replace("postgresql+psycopg://", "postgresql://")
         self.app = App(
             connector=PsycopgConnector(
@@ -66,11 +73,20 @@ class Queue:
         async with self.app.open_async():
             yield
 
-    async def defer(self, session: AsyncSession, job: UUID, *, queue: str, priority: int) -> int:
-        """Puts the job in the queue when the session commits; a rollback takes it away. Gives the queue's own id."""
+    async def defer(
+        self, session: AsyncSession, job: UUID, *, queue: str, priority: int, after: timedelta = timedelta(0)
+    ) -> int:
+        """Puts the job in the queue when the session commits; a rollback takes it away. Gives the queue's own id.
+
+        No worker takes it before the time `after` has passed.
+        """
         async with session.begin_nested():  # an error of the queue leaves the caller's transaction whole
             return await self.app.configure_task(
-                TASK, queue=queue, priority=priority, connection=await _driver_connection(session)
+                TASK,
+                queue=queue,
+                priority=priority,
+                schedule_at=datetime.now(UTC) + after if after else None,
+                connection=await _driver_connection(session),
             ).defer_async(job=str(job))
 
     async def cancel(self, session: AsyncSession, queue_id: int) -> None:
@@ -79,13 +95,13 @@ class Queue:
             queue_id, abort=True, connection=await _driver_connection(session)
         )
 
-    async def lost(self, session: AsyncSession, silence: timedelta) -> Sequence[Lost]:
-        """Jobs whose worker has sent no heartbeat for so long, or whose entry has ended although they have not."""
-        return [Lost(*row) for row in await session.execute(_LOST, {"silence": silence})]
+    async def lost(self, session: AsyncSession) -> Sequence[Lost]:
+        """Jobs whose worker has been silent for too long, or whose entry has ended although they have not."""
+        return [Lost(*row) for row in await session.execute(_LOST, {"silence": self.settings.stalled_after})]
 
-    async def end(self, queue_id: int) -> None:
-        """Ends an entry that a lost worker holds, so that nobody takes it any more."""
-        await self.app.job_manager.finish_job_by_id_async(queue_id, Status.ABORTED, delete_job=False)
+    async def end(self, session: AsyncSession, queue_id: int) -> None:
+        """Ends an entry that a lost worker holds, when the session commits; whatever it does then is for nothing."""
+        await session.execute(_END, {"queue_id": queue_id})
 
 
 async def _driver_connection(session: AsyncSession) -> Any:

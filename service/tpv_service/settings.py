@@ -47,6 +47,8 @@ class Settings(BaseSettings):
 
     stalled_after: timedelta = timedelta(seconds=30)  #: a worker is lost when its heartbeat is older
     stalled_check: timedelta = timedelta(seconds=10)
+    retry_limit: int = Field(5, ge=1, description="Attempts in a row that a job may lose before it fails.")
+    retry_pause: timedelta = timedelta(seconds=1)  #: after the first lost attempt, twice as long after each further one
 
     @model_validator(mode="after")
     def _one_store(self) -> Self:

@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 import structlog
-from procrastinate import App, PsycopgConnector
+from procrastinate import App, JobContext, PsycopgConnector
 from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
 
@@ -31,6 +31,7 @@ log = structlog.get_logger()
 TASK = "tpv.run_job"  #: the service defers it under this name
 QUEUE_SCHEMA = "procrastinate"
 HEARTBEAT = 5.0  #: seconds between two signs of life; without one for 30 s the service gives a worker up
+FORGET = 86400.0  #: seconds after which a silent worker is removed from the queue's tables
 PATIENCE = 600.0  #: seconds to wait for a database that is away before starting over
 TRY_AGAIN = 75  #: exit status of an attempt that lost the service (EX_TEMPFAIL): not the job's fault
 
@@ -71,6 +72,9 @@ async def _take_jobs(app: App, settings: Settings, stop: asyncio.Event) -> None:
             queues=settings.queues,  # type: ignore[arg-type] # None, for every queue, is missing in their type
             concurrency=settings.concurrency,
             name=settings.name,
+            # When it starts, a worker removes the entries of those that were silent for so long, and with them what
+            # one that was suspended needs to be seen again. Who is lost is the service's to say.
+            stalled_worker_timeout=FORGET,
             update_heartbeat_interval=HEARTBEAT,
             shutdown_graceful_timeout=settings.grace.total_seconds(),
             install_signal_handlers=False,
@@ -100,12 +104,12 @@ def create_app(settings: Settings, client: AsyncClient, processes: ForkServerCon
         )
     )
 
-    @app.task(name=TASK)
-    async def run_job(job: str) -> None:
+    @app.task(name=TASK, pass_context=True)
+    async def run_job(context: JobContext, job: str) -> None:
         """One attempt at a job. Whatever comes of the job stands in its row; this ends well once that is settled."""
         try:
-            started = await client.jobs.start_attempt(job, settings.name)
-        except JobFinished:
+            started = await client.jobs.start_attempt(job, settings.name, context.job.id)
+        except (JobFinished, StaleAttempt):
             return
         process = processes.Process(target=_attempt, args=(settings, started), daemon=True)
         process.start()
@@ -139,14 +143,13 @@ async def _end_of(process: ForkServerProcess) -> None:
 
 async def _report_death(client: AsyncClient, started: AttemptStarted, status: int) -> None:
     """Speaks for a child that died without a word."""
-    if status == -signal.SIGKILL:
-        failure = FailureReport(
-            reason="out-of-memory",
-            message="the training process was killed (SIGKILL); the system does this when memory runs out",
-        )
+    if status < 0:
+        hint = "; the system does this when memory runs out" if status == -signal.SIGKILL else ""
+        message = f"the training process was ended by signal {signal.Signals(-status).name}{hint}"
+        failure = FailureReport(reason="killed", message=message)
     else:
-        how = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-        failure = FailureReport(reason="crashed", message=f"the training process ended {how}; see the worker's log")
+        message = f"the training process ended with exit status {status}; see the worker's log"
+        failure = FailureReport(reason="crashed", message=message)
     log.warning("attempt died", job=str(started.job), attempt=started.number, message=failure.message)
     with suppress(JobFinished, StaleAttempt):  # it had reported, or was given up
         await client.jobs.fail(started.job, started.number, failure)

@@ -64,6 +64,11 @@ class AsyncJob(wire.Job):
         self._become(await self._jobs.cancel(self.id))
         return self
 
+    async def retry(self, *, fresh: bool = False) -> AsyncJob:
+        """Takes the failed or cancelled job up again; changes this object and gives it back."""
+        self._become(await self._jobs.retry(self.id, fresh=fresh))
+        return self
+
     def _become(self, newer: AsyncJob) -> None:
         for name in wire.Job.model_fields:
             setattr(self, name, getattr(newer, name))
@@ -248,6 +253,14 @@ class AsyncJobs:
         call = Call(method="POST", path=f"/jobs/{_paths.job_id(job)}/cancel", idempotent=True)
         return self._bind(await self._http.ask(AsyncJob, call))
 
+    async def retry(self, job: JobLike, *, fresh: bool = False) -> AsyncJob:
+        """Takes a failed or cancelled job up again, from its last checkpoint or, with `fresh`, from the start.
+
+        Jobs that failed because of it wait for it again.
+        """
+        message = wire.JobRetry(fresh=fresh)
+        return self._bind(await self._http.post(AsyncJob, f"/jobs/{_paths.job_id(job)}/retry", message))
+
     async def wait_all(
         self,
         jobs: Sequence[AsyncJob],
@@ -308,9 +321,12 @@ class AsyncJobs:
 
     # --- Reporting, for workers (scope `worker`); the service takes a report that comes twice for one
 
-    async def start_attempt(self, job: JobLike, worker: str) -> wire.AttemptStarted:
-        """Begins an attempt at a job; reports of earlier ones are refused from now on (StaleAttempt)."""
-        message = wire.AttemptStart(worker=worker)
+    async def start_attempt(self, job: JobLike, worker: str, entry: int | None = None) -> wire.AttemptStarted:
+        """Begins an attempt at a job; reports of earlier ones are refused from now on (StaleAttempt).
+
+        `entry` is the queue's, by which the job came; StaleAttempt when the service has replaced that one.
+        """
+        message = wire.AttemptStart(worker=worker, entry=entry)
         return await self._http.post(
             wire.AttemptStarted, f"/jobs/{_paths.job_id(job)}/attempts", message, idempotent=True
         )

@@ -66,6 +66,11 @@ class Job(wire.Job):
         self._become(self._jobs.cancel(self.id))
         return self
 
+    def retry(self, *, fresh: bool = False) -> Job:
+        """Takes the failed or cancelled job up again; changes this object and gives it back."""
+        self._become(self._jobs.retry(self.id, fresh=fresh))
+        return self
+
     def _become(self, newer: Job) -> None:
         for name in wire.Job.model_fields:
             setattr(self, name, getattr(newer, name))
@@ -250,6 +255,14 @@ class Jobs:
         call = Call(method="POST", path=f"/jobs/{_paths.job_id(job)}/cancel", idempotent=True)
         return self._bind(self._http.ask(Job, call))
 
+    def retry(self, job: JobLike, *, fresh: bool = False) -> Job:
+        """Takes a failed or cancelled job up again, from its last checkpoint or, with `fresh`, from the start.
+
+        Jobs that failed because of it wait for it again.
+        """
+        message = wire.JobRetry(fresh=fresh)
+        return self._bind(self._http.post(Job, f"/jobs/{_paths.job_id(job)}/retry", message))
+
     def wait_all(
         self,
         jobs: Sequence[Job],
@@ -310,9 +323,12 @@ class Jobs:
 
     # --- Reporting, for workers (scope `worker`); the service takes a report that comes twice for one
 
-    def start_attempt(self, job: JobLike, worker: str) -> wire.AttemptStarted:
-        """Begins an attempt at a job; reports of earlier ones are refused from now on (StaleAttempt)."""
-        message = wire.AttemptStart(worker=worker)
+    def start_attempt(self, job: JobLike, worker: str, entry: int | None = None) -> wire.AttemptStarted:
+        """Begins an attempt at a job; reports of earlier ones are refused from now on (StaleAttempt).
+
+        `entry` is the queue's, by which the job came; StaleAttempt when the service has replaced that one.
+        """
+        message = wire.AttemptStart(worker=worker, entry=entry)
         return self._http.post(
             wire.AttemptStarted, f"/jobs/{_paths.job_id(job)}/attempts", message, idempotent=True
         )

@@ -257,6 +257,21 @@ def cancel(
     Output(as_json).line(cancelled, f"job {cancelled.id} is {cancelled.state}")
 
 
+@app.command("retry")
+def retry(
+    context: typer.Context,
+    job: JobArgument,
+    fresh: Annotated[bool, typer.Option("--fresh", help="From the start, not from the last checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Takes a failed or cancelled job up again; jobs that failed because of it wait for it again."""
+    with connect(context) as client:
+        retried = client.jobs.retry(job, fresh=fresh)
+    Output(as_json).line(
+        retried, f"job {retried.id} is {retried.state}: {retried.message}; watch it with: tpv job watch {retried.id}"
+    )
+
+
 def follow(client: Client, jobs: Sequence[Job]) -> None:
     """Waits for jobs, with progress bars on a terminal; Ctrl-C leaves them running and says how to go on."""
     try:

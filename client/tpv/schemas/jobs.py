@@ -17,9 +17,12 @@ State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 FINISHED: frozenset[State] = frozenset({"succeeded", "failed", "cancelled"})
 
 Reason = Literal[
-    "waiting", "worker-lost", "out-of-memory", "nan-loss", "data", "model", "options", "verification", "timeout",
-    "dependency", "conflict", "cancelled", "crashed",
+    "waiting", "worker-lost", "killed", "unavailable", "drained", "out-of-memory", "nan-loss", "data", "model",
+    "options", "verification", "timeout", "dependency", "conflict", "cancelled", "crashed",
 ]  # fmt: skip
+#: No fault of the job, which is tried again: its worker fell silent, its process died by a signal, the service or the
+#: store did not answer, or the worker was asked to stop. Every other reason ends the job.
+RETRIED: frozenset[Reason] = frozenset({"worker-lost", "killed", "unavailable", "drained"})
 
 
 class JobCreate(Request):
@@ -72,6 +75,12 @@ class JobCreate(Request):
     task_type: str | None = Field(None, max_length=128)
     description: str | None = Field(None, max_length=10_000)
     tags: Tags = Field(default_factory=dict)
+
+
+class JobRetry(Request):
+    """A failed or cancelled job is taken up again."""
+
+    fresh: bool = Field(False, description="From the start, instead of from the last checkpoint.")
 
 
 class ResolvedVector(Answer):
@@ -221,6 +230,9 @@ class AttemptStart(Request):
     """A worker takes a job from the queue."""
 
     worker: str = Field(max_length=256)
+    entry: int | None = Field(
+        None, description="Of the queue, by which the job came; one that has been replaced is refused."
+    )
 
 
 class AttemptStarted(Answer):

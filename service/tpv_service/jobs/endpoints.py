@@ -21,6 +21,7 @@ from tpv.schemas.jobs import (
     FailureReport,
     Job,
     JobCreate,
+    JobRetry,
     ResultReport,
     Staged,
     State,
@@ -31,6 +32,7 @@ from tpv_service.db import Session
 from tpv_service.idempotency import IdempotentRequest
 from tpv_service.jobs import queries, report
 from tpv_service.jobs.cancel import cancel_job
+from tpv_service.jobs.retry import retry_job
 from tpv_service.jobs.submit import resolve_job, submit_job
 from tpv_service.jobs.tables import JobRow
 from tpv_service.jobs.view import job_view
@@ -117,6 +119,17 @@ async def get_artifact(request: Request, session: Session, _: Reader, job: UUID)
     )
 
 
+@router.post("/{job}/retry", response_model=Job)
+async def retry(
+    request: Request, session: Session, actor: Writer, idempotency: IdempotentRequest, job: UUID, retried: JobRetry
+) -> Response:
+    """Takes a failed or cancelled job up again, from its last checkpoint or, with `fresh`, from the start."""
+    if kept := await idempotency.begin(session, actor.name, retried):
+        return kept
+    row = await retry_job(session, request.state.queue, job, actor.name, fresh=retried.fresh)
+    return await idempotency.finish(session, job_view(row), 200)
+
+
 @router.post("/{job}/cancel")
 async def cancel(request: Request, session: Session, actor: Writer, job: UUID) -> Job:
     """Calls a queued or running job off; jobs that need it fail."""
@@ -170,5 +183,5 @@ async def report_result(
 async def report_failure(
     request: Request, session: Session, _: Worker, job: UUID, number: int, failure: FailureReport
 ) -> Job:
-    """Ends attempt and job without a result."""
+    """Ends the attempt without a result, and the job too, unless the reason is no fault of its own."""
     return job_view(await report.report_failure(session, request.state.queue, job, number, failure))

@@ -1,18 +1,19 @@
 """How a job's state changes: the same few steps for whoever changes it, always under the job's row lock.
 
     queued ── attempt starts ──> running ── result ──> succeeded
-      ^  │                        │  │└──── failure ─> failed
-      │  │                        │  └───── cancel ──> cancelled
-      └──┼── worker lost ─────────┘
-         ├── cancel ──────────────────────> cancelled
-         └── a job it needs failed ───────> failed (reason `dependency`)
+      ^  │                        │  │└──── failure ─> failed ──────┐
+      │  │                        │  └───── cancel ──> cancelled ───┤
+      ├──┼── worker lost ─────────┘                                 │
+      │  ├── cancel ──────────────────────> cancelled ──────────────┤
+      │  └── a job it needs failed ───────> failed (`dependency`) ──┤
+      └───────────────────────── retry ─────────────────────────────┘
 
 Locks are taken from a job to those that wait for it, never the other way round, so no two changes block each other.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -27,11 +28,36 @@ from tpv_service.registry.views import version_reference
 
 
 async def enqueue(
-    session: AsyncSession, queue: Queue, job: JobRow, reason: Reason | None = None, message: str | None = None
+    session: AsyncSession,
+    queue: Queue,
+    job: JobRow,
+    reason: Reason | None = None,
+    message: str | None = None,
+    *,
+    after: timedelta = timedelta(0),
 ) -> None:
     """Hands the job to the workers, when the session commits."""
-    job.queue_id = await queue.defer(session, job.id, queue=job.queue, priority=job.priority)
+    job.queue_id = await queue.defer(session, job.id, queue=job.queue, priority=job.priority, after=after)
     show(session, job, "queued", reason, message)
+
+
+def wait(session: AsyncSession, job: JobRow, message: str) -> None:
+    """Keeps the job out of the queue until others have succeeded."""
+    job.queue_id = None
+    show(session, job, "queued", "waiting", message)
+
+
+async def give_back(session: AsyncSession, queue: Queue, job: JobRow, reason: Reason, message: str) -> None:
+    """Tries again what came to nothing through no fault of the job: later each time, and not for ever."""
+    settings = queue.settings
+    if reason != "drained":
+        job.lost += 1
+    if job.lost >= settings.retry_limit:
+        why = f"{job.lost} attempts in a row came to nothing (TPV_RETRY_LIMIT); the last one: {message}"
+        await finish(session, queue, job, "failed", reason, why)
+    else:
+        pause = settings.retry_pause * 2 ** (job.lost - 1) if job.lost else timedelta(0)
+        await enqueue(session, queue, job, reason, message, after=pause)
 
 
 async def finish(

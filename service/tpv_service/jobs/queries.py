@@ -12,13 +12,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import joinedload, selectinload
 
 from tpv.errors import NotFound
-from tpv.schemas.jobs import FINISHED, Event, EventPage
+from tpv.schemas.jobs import FINISHED, Event, EventPage, State
 from tpv_service.jobs.tables import AttemptRow, EventRow, JobRow, NeedRow, StagedRow
 from tpv_service.registry.tables import VersionRow
 
 T = TypeVar("T")
 
 LIVE = ("queued", "running")
+LOST = ("failed", "cancelled")  #: ended, and nothing came of it; a retry brings it back
 STATE_EVENT = "state"  #: the type of the events that the service itself writes
 
 
@@ -46,12 +47,12 @@ async def lock_job(session: AsyncSession, job: UUID) -> JobRow:
     return _found(await session.scalar(statement), job)
 
 
-async def lock_dependents(session: AsyncSession, job: UUID) -> Sequence[JobRow]:
-    """The jobs that wait for this one, locked in one order by everybody."""
+async def lock_dependents(session: AsyncSession, job: UUID, state: State = "queued") -> Sequence[JobRow]:
+    """The jobs that need this one and are in this state, locked in one order by everybody."""
     statement = (
         select(JobRow)
         .join(NeedRow, NeedRow.job_id == JobRow.id)
-        .where(NeedRow.needs_id == job, JobRow.state == "queued")
+        .where(NeedRow.needs_id == job, JobRow.state == state)
         .order_by(JobRow.id)
         .with_for_update(of=JobRow)
         .execution_options(populate_existing=True)
@@ -59,12 +60,25 @@ async def lock_dependents(session: AsyncSession, job: UUID) -> Sequence[JobRow]:
     return (await session.scalars(statement)).all()
 
 
-async def waits(session: AsyncSession, job: UUID) -> bool:
-    """Whether a job that this one needs has not succeeded yet."""
+async def lock_needs(session: AsyncSession, job: UUID) -> Sequence[JobRow]:
+    """The jobs that this one needs, locked in one order by everybody; before the job itself is."""
+    statement = (
+        select(JobRow)
+        .join(NeedRow, NeedRow.needs_id == JobRow.id)
+        .where(NeedRow.job_id == job)
+        .order_by(JobRow.id)
+        .with_for_update(of=JobRow)
+        .execution_options(populate_existing=True)
+    )
+    return (await session.scalars(statement)).all()
+
+
+async def waits(session: AsyncSession, job: UUID, states: Sequence[str] = ("queued", "running", *LOST)) -> bool:
+    """Whether a job that this one needs is in one of the states: those in which it has not succeeded."""
     unmet = (
         select(NeedRow.job_id)
         .join(JobRow, JobRow.id == NeedRow.needs_id)
-        .where(NeedRow.job_id == job, JobRow.state != "succeeded")
+        .where(NeedRow.job_id == job, JobRow.state.in_(states))
     )
     return bool(await session.scalar(select(exists(unmet))))
 

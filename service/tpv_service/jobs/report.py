@@ -21,6 +21,7 @@ from tpv.errors import Conflict, Invalid, InvalidTensor, JobFinished, StaleAttem
 from tpv.methods import METHODS
 from tpv.references import DEFAULT_NAMESPACE
 from tpv.schemas.jobs import (
+    RETRIED,
     AttemptStart,
     AttemptStarted,
     EventReport,
@@ -34,7 +35,7 @@ from tpv.schemas.vectors import EvaluationCreate, Parent, VersionCreate
 from tpv.vectors import Float32, as_prompt
 from tpv_service.db import release
 from tpv_service.jobs import queries
-from tpv_service.jobs.lifecycle import end_attempt, finish, has_ended, show
+from tpv_service.jobs.lifecycle import end_attempt, finish, give_back, has_ended, show
 from tpv_service.jobs.submit import tasks_of
 from tpv_service.jobs.tables import AttemptRow, EventRow, JobRow, StagedRow
 from tpv_service.queue import Queue
@@ -51,6 +52,8 @@ async def start_attempt(session: AsyncSession, job_id: UUID, report: AttemptStar
         raise JobFinished(f"job {job_id} is {job.state} already")
     if job.queue_id is None:
         raise Conflict(f"job {job_id} waits for others: {job.message}")
+    if report.entry not in (None, job.queue_id):
+        raise StaleAttempt(f"job {job_id} was given to another worker meanwhile, by another entry of the queue")
     await end_attempt(session, job, "superseded", "worker-lost", f"attempt {job.attempt + 1} took over")
     job.attempt += 1
     job.started_at = job.started_at or datetime.now(UTC)
@@ -96,12 +99,16 @@ async def stage_file(session: AsyncSession, store: BlobStore, job_id: UUID, numb
 async def report_failure(
     session: AsyncSession, queue: Queue, job_id: UUID, number: int, report: FailureReport
 ) -> JobRow:
-    """Ends attempt and job without a result."""
+    """Ends the attempt without a result, and the job too, unless another attempt may do better."""
     job = await queries.lock_job(session, job_id)
-    if not _ended_by(job, number, "failed"):
+    attempt = await queries.current_attempt(session, job)
+    if job.attempt != number or attempt is None or attempt.state != "failed":
         _check_current(job, number)
         await end_attempt(session, job, "failed", report.reason, report.message)
-        await finish(session, queue, job, "failed", report.reason, report.message)
+        if report.reason in RETRIED:
+            await give_back(session, queue, job, report.reason, report.message)
+        else:
+            await finish(session, queue, job, "failed", report.reason, report.message)
     await session.flush()
     return await queries.job_by_id(session, job_id)
 

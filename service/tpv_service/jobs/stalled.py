@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from datetime import timedelta
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from tpv_service.jobs import queries
-from tpv_service.jobs.lifecycle import end_attempt, enqueue, has_ended
+from tpv_service.jobs.lifecycle import end_attempt, give_back, has_ended
 from tpv_service.queue import Lost, Queue
 from tpv_service.settings import Settings
 
@@ -36,34 +35,47 @@ async def watch_stalled_jobs(
 
 
 async def _watch(settings: Settings, sessions: async_sessionmaker[AsyncSession], queue: Queue) -> None:
-    pause = settings.stalled_check
+    lost_jobs, pause = LostJobs(sessions, queue), settings.stalled_check
     while True:
-        # The first look comes after a pause too: workers outlive a restart of the service and of the database, and may
-        # have had no chance to send a heartbeat meanwhile.
         await asyncio.sleep(pause.total_seconds())
         try:
-            await requeue_lost_jobs(sessions, queue, settings.stalled_after)
+            await lost_jobs.look()
             pause = settings.stalled_check
         except Exception as error:  # whatever it was, the next look may succeed
             log.warning("cannot look for jobs of lost workers", error=repr(error))
             pause = max(settings.stalled_check, settings.stalled_after)
 
 
-async def requeue_lost_jobs(sessions: async_sessionmaker[AsyncSession], queue: Queue, silence: timedelta) -> None:
-    """Gives each job that nobody works on a new entry in the queue. What a crash leaves undone, the next call does."""
-    async with sessions() as session:
-        lost = await queue.lost(session, silence)
-    for entry in lost:
-        if entry.held:
-            await queue.end(entry.queue_id)
-        async with sessions.begin() as session:
-            await _requeue(session, queue, entry)
+class LostJobs:
+    """Jobs that nobody works on, looked for again and again.
+
+    A silent worker is lost when two looks in a row find it silent, with the same last heartbeat. The time between them
+    is one in which this process and the database were awake: a laptop that was suspended, or a database that was away,
+    has kept healthy workers from their heartbeat until the first look, but not until the second. What is remembered
+    between two looks is the first one's findings, in this process alone; a restart begins with none.
+    """
+
+    def __init__(self, sessions: async_sessionmaker[AsyncSession], queue: Queue) -> None:
+        self.sessions, self.queue = sessions, queue
+        self._seen: frozenset[Lost] = frozenset()
+
+    async def look(self) -> None:
+        """Gives each lost job back to the queue, a transaction each: what a crash leaves undone, the next look does."""
+        seen, self._seen = self._seen, frozenset()  # a look that fails is none
+        async with self.sessions() as session:
+            found = await self.queue.lost(session)
+        for lost in found:
+            if not lost.held or lost in seen:
+                async with self.sessions.begin() as session:
+                    await _requeue(session, self.queue, lost)
+        self._seen = frozenset(found)
 
 
 async def _requeue(session: AsyncSession, queue: Queue, lost: Lost) -> None:
     job = await queries.lock_job(session, lost.job)
     if has_ended(job) or job.queue_id != lost.queue_id:
         return  # its worker was not lost after all, or somebody else has done this already
+    await queue.end(session, lost.queue_id)
     await end_attempt(session, job, "superseded", "worker-lost", _MESSAGE)
-    await enqueue(session, queue, job, "worker-lost", _MESSAGE)
-    log.warning("requeued the job of a lost worker", job=str(job.id), attempt=job.attempt)
+    await give_back(session, queue, job, "worker-lost", _MESSAGE)
+    log.warning("the worker of a job is lost", job=str(job.id), attempt=job.attempt, now=job.state)

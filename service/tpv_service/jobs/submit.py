@@ -136,6 +136,7 @@ async def _create(
         queue=request.queue,
         priority=request.priority,
         attempt=0,
+        lost=0,
         progress={},
         metrics={},
         state="queued",

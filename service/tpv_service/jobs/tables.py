@@ -35,6 +35,7 @@ class JobRow(Table):
     priority: Mapped[int]
     queue_id: Mapped[int | None] = mapped_column(BigInteger)  #: of the queue's own job; None until it is deferred
     attempt: Mapped[int]  #: number of the current attempt, 0 before the first
+    lost: Mapped[int]  #: deliveries in a row that came to nothing through no fault of the job, and no checkpoint
     progress: Mapped[dict[str, Any]]
     metrics: Mapped[dict[str, float]]
     result_version_id: Mapped[UUID | None] = mapped_column(ForeignKey("versions.id"))

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 import tpv
 from tpv import files
 from tpv.schemas.jobs import EvaluationReport, EventReport, FailureReport, Job, ResultReport
+from tpv_service.db import create_engine, create_sessionmaker
+from tpv_service.jobs.stalled import LostJobs
+from tpv_service.queue import Queue
 from tpv_service.settings import Settings
 
 SHAPE = (4, 8)
@@ -26,6 +29,12 @@ ROWS = [{"source": f"text {i}", "target": "yes" if i % 2 else "no"} for i in ran
 def tuned(change: float) -> NDArray[np.float32]:
     """A soft prompt P* that some tuning may have given."""
     return START + np.float32(change) * np.eye(*SHAPE, dtype=np.float32)
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """A lost job is tried again at once."""
+    return settings.model_copy(update={"retry_pause": timedelta(0)})
 
 
 @pytest.fixture
@@ -80,6 +89,16 @@ class Worker:
         return await self.client.jobs.fail(self.job, self.number, failure)
 
 
+async def look_for_lost_jobs(settings: Settings, times: int = 2) -> None:
+    """What the service does every few seconds."""
+    engine, queue = create_engine(settings), Queue(settings)
+    lost_jobs = LostJobs(create_sessionmaker(engine), queue)
+    async with queue.opened():
+        for _ in range(times):
+            await lost_jobs.look()
+    await engine.dispose()
+
+
 _ticks = count()
 
 
@@ -107,14 +126,42 @@ class QueueTables:
             found.setdefault(job, []).append(status)
         return found
 
-    def take(self, *, silent_for: float = 0) -> str:
-        """A worker, whose last heartbeat is so many seconds old, takes the next entry; gives its job."""
+    def take(self, *, silent_for: float = 0) -> str | None:
+        """A worker, whose last heartbeat is so many seconds old, takes the next entry; gives its job, if one is due."""
         [[worker]] = self._ask(
             "insert into procrastinate_workers (last_heartbeat) values (now() - %s * interval '1 s') returning id",
             silent_for,
         )
         [[job]] = self._ask("select args->>'job' from procrastinate_fetch_job_v2(null, %s)", worker)
-        return str(job)
+        return None if job is None else str(job)
+
+    def hold(self, job: UUID, *, silent_for: float) -> None:
+        """A worker that was so long silent has the job's newest entry, whenever that was due."""
+        self._ask(
+            "with worker as (insert into procrastinate_workers (last_heartbeat)"
+            " values (now() - %s * interval '1 s') returning id)"
+            " update procrastinate_jobs set status = 'doing', worker_id = worker.id from worker"
+            " where procrastinate_jobs.id = %s returning worker.id",
+            silent_for,
+            self.entry(job),
+        )
+
+    def entry(self, job: UUID) -> int:
+        """The id of the job's newest entry."""
+        [[entry]] = self._ask("select max(id) from procrastinate_jobs where args->>'job' = %s", str(job))
+        return int(entry)
+
+    def beat(self) -> None:
+        """Every worker has sent a heartbeat since, though the last one is too old again."""
+        self._ask("update procrastinate_workers set last_heartbeat = now() - interval '31 s' returning id")
+
+    def pause(self, job: UUID) -> float:
+        """Seconds from now until the job's newest entry may be taken."""
+        [[seconds]] = self._ask(
+            "select extract(epoch from coalesce(scheduled_at - now(), '0 s')) from procrastinate_jobs where id = %s",
+            self.entry(job),
+        )
+        return float(seconds)
 
     def finish(self, job: UUID) -> None:
         """The worker that took the job first says that it is through with it."""

@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 from structlog.testing import capture_logs
-from tests.service.jobs.conftest import START, QueueTables, Worker, event, figure, transfer, tune, tuned
+from tests.service.jobs.conftest import (
+    START,
+    QueueTables,
+    Worker,
+    event,
+    figure,
+    look_for_lost_jobs,
+    transfer,
+    tune,
+    tuned,
+)
 
 from tpv import AsyncClient, errors, files
 from tpv.schemas.initializations import BaseModelFacts
 from tpv.schemas.jobs import Job, ResultReport
 from tpv_service.db import create_engine, create_sessionmaker
-from tpv_service.jobs.stalled import requeue_lost_jobs, watch_stalled_jobs
+from tpv_service.jobs.stalled import watch_stalled_jobs
 from tpv_service.queue import Queue
 from tpv_service.settings import Settings
 
@@ -412,13 +422,6 @@ async def test_what_has_ended_cannot_be_cancelled(registry: AsyncClient):
 
 
 # --- Lost workers
-
-
-async def look_for_lost_jobs(settings: Settings) -> None:
-    engine, queue = create_engine(settings), Queue(settings)
-    async with queue.opened():
-        await requeue_lost_jobs(create_sessionmaker(engine), queue, timedelta(seconds=30))
-    await engine.dispose()
 
 
 async def test_the_job_of_a_silent_worker_is_queued_again(

@@ -31,6 +31,7 @@ def settings(settings: Settings) -> Settings:
         ("GET", f"{JOB}/attempts/1/staged/sha256:0", ANYBODY),
         ("POST", "/api/v1/jobs", WRITERS),
         ("POST", f"{JOB}/cancel", WRITERS),
+        ("POST", f"{JOB}/retry", WRITERS),
         ("POST", f"{JOB}/attempts", WORKERS),
         ("POST", f"{JOB}/attempts/1/events", WORKERS),
         ("POST", f"{JOB}/attempts/1/staged", WORKERS),

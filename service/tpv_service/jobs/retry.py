@@ -1,0 +1,47 @@
+"""How a job that came to nothing is taken up again."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tpv.errors import Conflict
+from tpv_service.jobs import queries
+from tpv_service.jobs.lifecycle import enqueue, wait
+from tpv_service.jobs.tables import JobRow
+from tpv_service.queue import Queue
+
+
+async def retry_job(session: AsyncSession, queue: Queue, job_id: UUID, actor: str, *, fresh: bool) -> JobRow:
+    """Puts a failed or cancelled job back; attempts go on counting, from the last checkpoint unless `fresh`.
+
+    Jobs that failed because of this one wait for it again, unless another job that they need has failed too.
+    """
+    needs = await queries.lock_needs(session, job_id)
+    job = await queries.lock_job(session, job_id)
+    if job.state not in queries.LOST:
+        raise Conflict(f"job {job_id} is {job.state}; only a failed or cancelled one is retried")
+    if lost := [need for need in needs if need.state in queries.LOST]:
+        raise Conflict(
+            "; ".join(f"job {need.id}, which this one needs, is {need.state}" for need in lost)
+            + f"; retry first: tpv job retry {lost[0].id}; this one then waits for it again",
+            needs=[str(need.id) for need in lost],
+        )
+    job.lost, job.progress, job.finished_at = 0, {}, None
+    if waits_for := [str(need.id) for need in needs if need.state != "succeeded"]:
+        wait(session, job, f"waits for job {', '.join(waits_for)}")
+    else:
+        await enqueue(session, queue, job, message=f"retried by {actor}")
+    await _revive_dependents(session, job)
+    await session.flush()
+    return await queries.job_by_id(session, job_id)
+
+
+async def _revive_dependents(session: AsyncSession, job: JobRow) -> None:
+    await session.flush()
+    for dependent in await queries.lock_dependents(session, job.id, "failed"):
+        if dependent.reason == "dependency" and not await queries.waits(session, dependent.id, queries.LOST):
+            dependent.finished_at = None
+            wait(session, dependent, f"waits for job {job.id}, which is tried again")
+            await _revive_dependents(session, dependent)

@@ -3,7 +3,7 @@
 from tpv_service.auth.tables import TokenRow
 from tpv_service.datasets.tables import DatasetRow, DatasetVersionRow, SplitRow
 from tpv_service.db import Table
-from tpv_service.jobs.tables import AttemptRow, EventRow, JobRow, NeedRow, StagedRow
+from tpv_service.jobs.tables import AttemptRow, CheckpointRow, EventRow, JobRow, NeedRow, StagedRow
 from tpv_service.registry.tables import (
     AliasChangeRow,
     AliasRow,
@@ -23,6 +23,7 @@ __all__ = [
     "AttemptRow",
     "BaseModelRow",
     "ChangeRow",
+    "CheckpointRow",
     "DatasetRow",
     "DatasetVersionRow",
     "EvaluationRow",

@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from tpv.errors import DamagedContent, NotFound
 from tpv_service.datasets.tables import DatasetRow, DatasetVersionRow, SplitRow
-from tpv_service.jobs.tables import JobRow
+from tpv_service.jobs.tables import CheckpointRow, JobRow
 from tpv_service.registry.tables import EvaluationRow, InitializationRow, VectorRow, VersionRow
 from tpv_service.storage import BlobStore
 
@@ -44,6 +44,7 @@ def _references() -> CompoundSelect[str, str]:
     )
     job = literal("job ") + cast(JobRow.id, Text)
     artifacts = select(job, JobRow.artifact).where(JobRow.artifact.is_not(None))
+    checkpoints = select(literal("job ") + cast(CheckpointRow.job_id, Text) + " (checkpoint)", CheckpointRow.digest)
     predictions_of_jobs = (
         select(job + " (predictions)", EvaluationRow.predictions)
         .join(EvaluationRow, EvaluationRow.job_id == JobRow.id)
@@ -55,4 +56,6 @@ def _references() -> CompoundSelect[str, str]:
         .join(DatasetVersionRow, DatasetVersionRow.id == SplitRow.dataset_version_id)
         .join(DatasetVersionRow.dataset)
     )
-    return union_all(versions, states, predictions, artifacts, predictions_of_jobs, initializations, splits)
+    return union_all(
+        versions, states, predictions, artifacts, checkpoints, predictions_of_jobs, initializations, splits
+    )

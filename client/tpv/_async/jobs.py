@@ -346,6 +346,19 @@ class AsyncJobs:
         """The content of a staged file, verified."""
         return await self._http.download(_attempt(job, attempt, f"staged/{digest}"), _content.Sink(), expected=digest)
 
+    async def save_checkpoint(self, job: JobLike, attempt: int, step: int, content: bytes) -> wire.Checkpoint:
+        """Keeps the attempt's state after a step, for the next attempt to go on from; the newest two are kept."""
+        call = Call(method="PUT", path=_attempt(job, attempt, "checkpoint"), params={"step": step}, content=content)
+        return await self._http.ask(wire.Checkpoint, call)
+
+    async def checkpoint(self, job: JobLike, digest: str) -> bytes:
+        """The content of a checkpoint that is still kept, verified.
+
+        Raises DamagedContent where the stored file is, and FingerprintMismatch where what arrives is.
+        """
+        path = f"/jobs/{_paths.job_id(job)}/checkpoints/{digest}"
+        return await self._http.download(path, _content.Sink(), expected=digest)
+
     async def complete(self, job: JobLike, attempt: int, result: wire.ResultReport) -> AsyncJob:
         """Commits the result: version, evaluations, lineage and `succeeded` appear together."""
         path = _attempt(job, attempt, "result")

@@ -209,7 +209,10 @@ class EventReport(Request):
 
 
 class Event(Answer):
-    """An event as it is followed; `id` grows, `state` events come from the service itself."""
+    """An event as it is followed; `id` grows. The service itself writes those of two more types:
+
+    `state`: state, reason, message; `checkpoint`: step, size in bytes.
+    """
 
     id: int
     attempt: int | None
@@ -235,12 +238,22 @@ class AttemptStart(Request):
     )
 
 
+class Checkpoint(Answer):
+    """The state of an attempt's training after a step, as one stored file."""
+
+    attempt: int
+    step: int
+    digest: str
+    size: int  #: bytes
+
+
 class AttemptStarted(Answer):
     """What the worker is to do. Reports carry `number`; those of a superseded attempt are refused (409)."""
 
     job: UUID
     number: int
     spec: JobSpec
+    checkpoints: list[Checkpoint] = Field(default_factory=list)  #: newest first; the first intact one is gone on from
 
 
 class EventsReport(Request):

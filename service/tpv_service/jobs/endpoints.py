@@ -16,6 +16,7 @@ from tpv.schemas.base import Page
 from tpv.schemas.jobs import (
     AttemptStart,
     AttemptStarted,
+    Checkpoint,
     EventPage,
     EventsReport,
     FailureReport,
@@ -168,6 +169,31 @@ async def get_staged_file(
     """A file that the attempt has stored."""
     if digest not in await queries.staged_files(session, job, number):
         raise NotFound(f"attempt {number} of job {job} has not staged {digest}")
+    return await content_response(request, session, digest, media_type="application/octet-stream", filename=digest[7:])
+
+
+@router.put(
+    "/{job}/attempts/{number}/checkpoint",
+    status_code=201,
+    openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
+)
+async def put_checkpoint(
+    request: Request,
+    session: Session,
+    _: Worker,
+    job: UUID,
+    number: int,
+    step: Annotated[int, Query(ge=0, lt=2**31)],
+) -> Checkpoint:
+    """Keeps the attempt's state after a step, the request's body, for the next attempt to go on from."""
+    return await report.save_checkpoint(session, request.state.store, job, number, step, await request.body())
+
+
+@router.get("/{job}/checkpoints/{digest}", response_class=Response)
+async def get_checkpoint(request: Request, session: Session, _: Worker, job: UUID, digest: str) -> Response:
+    """A checkpoint that is still kept."""
+    if digest not in {row.digest for row in await queries.checkpoints(session, job)}:
+        raise NotFound(f"job {job} keeps no checkpoint {digest}")
     return await content_response(request, session, digest, media_type="application/octet-stream", filename=digest[7:])
 
 

@@ -71,6 +71,8 @@ async def finish(
     """Ends the job, and with it those that wait for it: with its success they may start, else they fail."""
     show(session, job, state, reason, message)
     job.finished_at = datetime.now(UTC)
+    if state == "succeeded":
+        await queries.drop_checkpoints(session, job.id)
     await session.flush()
     for dependent in await queries.lock_dependents(session, job.id):
         if state == "succeeded":

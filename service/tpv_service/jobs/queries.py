@@ -13,14 +13,16 @@ from sqlalchemy.orm import joinedload, selectinload
 
 from tpv.errors import NotFound
 from tpv.schemas.jobs import FINISHED, Event, EventPage, State
-from tpv_service.jobs.tables import AttemptRow, EventRow, JobRow, NeedRow, StagedRow
+from tpv_service.jobs.tables import AttemptRow, CheckpointRow, EventRow, JobRow, NeedRow, StagedRow
 from tpv_service.registry.tables import VersionRow
 
 T = TypeVar("T")
 
 LIVE = ("queued", "running")
 LOST = ("failed", "cancelled")  #: ended, and nothing came of it; a retry brings it back
-STATE_EVENT = "state"  #: the type of the events that the service itself writes
+STATE_EVENT = "state"
+CHECKPOINT_EVENT = "checkpoint"
+OWN_EVENTS = (STATE_EVENT, CHECKPOINT_EVENT)  #: those that the service itself writes
 
 
 def full_job() -> Select[JobRow]:
@@ -97,7 +99,7 @@ async def newest_report(session: AsyncSession, job: UUID, attempt: int) -> datet
     """When the newest event that this attempt reported happened, by the worker's clock."""
     return await session.scalar(
         select(EventRow.at)
-        .where(EventRow.job_id == job, EventRow.attempt == attempt, EventRow.type != STATE_EVENT)
+        .where(EventRow.job_id == job, EventRow.attempt == attempt, EventRow.type.not_in(OWN_EVENTS))
         .order_by(EventRow.id.desc())
         .limit(1)
     )
@@ -107,6 +109,22 @@ async def staged_files(session: AsyncSession, job: UUID, attempt: int) -> dict[s
     """The files that the attempt has stored, by digest."""
     rows = await session.scalars(select(StagedRow).where(StagedRow.job_id == job, StagedRow.attempt == attempt))
     return {row.digest: row for row in rows}
+
+
+async def checkpoints(session: AsyncSession, job: UUID) -> Sequence[CheckpointRow]:
+    """Those that the next attempt may go on from, the newest first."""
+    statement = (
+        select(CheckpointRow)
+        .where(CheckpointRow.job_id == job)
+        .order_by(CheckpointRow.attempt.desc(), CheckpointRow.step.desc())
+    )
+    return (await session.scalars(statement)).all()
+
+
+async def drop_checkpoints(session: AsyncSession, job: UUID, *, but: int = 0) -> None:
+    """Forgets all but the newest; the files are garbage then."""
+    for row in (await checkpoints(session, job))[but:]:
+        await session.delete(row)
 
 
 async def event_page(session: AsyncSession, job: UUID, after: int, limit: int) -> EventPage:

@@ -24,6 +24,7 @@ from tpv.schemas.jobs import (
     RETRIED,
     AttemptStart,
     AttemptStarted,
+    Checkpoint,
     EventReport,
     FailureReport,
     JobSpec,
@@ -37,12 +38,14 @@ from tpv_service.db import release
 from tpv_service.jobs import queries
 from tpv_service.jobs.lifecycle import end_attempt, finish, give_back, has_ended, show
 from tpv_service.jobs.submit import tasks_of
-from tpv_service.jobs.tables import AttemptRow, EventRow, JobRow, StagedRow
+from tpv_service.jobs.tables import AttemptRow, CheckpointRow, EventRow, JobRow, StagedRow
 from tpv_service.queue import Queue
 from tpv_service.registry import publish
 from tpv_service.registry.queries import resolve_initialization
 from tpv_service.registry.tables import EvaluationRow
 from tpv_service.storage import BlobStore
+
+CHECKPOINTS = 2  #: kept of a job: should the newest be damaged, there is the one before
 
 
 async def start_attempt(session: AsyncSession, job_id: UUID, report: AttemptStart, actor: str) -> AttemptStarted:
@@ -60,7 +63,12 @@ async def start_attempt(session: AsyncSession, job_id: UUID, report: AttemptStar
     job.progress = {}
     session.add(AttemptRow(job_id=job.id, number=job.attempt, worker=report.worker, actor=actor, state="running"))
     show(session, job, "running")
-    return AttemptStarted(job=job.id, number=job.attempt, spec=JobSpec.model_validate(job.spec))
+    return AttemptStarted(
+        job=job.id,
+        number=job.attempt,
+        spec=JobSpec.model_validate(job.spec),
+        checkpoints=[Checkpoint.model_validate(row) for row in await queries.checkpoints(session, job.id)],
+    )
 
 
 async def report_events(session: AsyncSession, job_id: UUID, number: int, events: list[EventReport]) -> None:
@@ -94,6 +102,24 @@ async def stage_file(session: AsyncSession, store: BlobStore, job_id: UUID, numb
     row = {"job_id": job_id, "attempt": number, "digest": digest, "size": len(content)}
     await session.execute(insert(StagedRow).values(row).on_conflict_do_nothing())
     return Staged(digest=digest, size=len(content))
+
+
+async def save_checkpoint(
+    session: AsyncSession, store: BlobStore, job_id: UUID, number: int, step: int, content: bytes
+) -> Checkpoint:
+    """Keeps the attempt's state after a step, and the one before; the file is durable before a row points to it."""
+    digest = await run_in_threadpool(store.put, content)
+    job = await _lock_current(session, job_id, number)
+    job.lost = 0  # whatever happens next, the job has come on
+    row = {"job_id": job_id, "attempt": number, "step": step, "digest": digest, "size": len(content)}
+    made = insert(CheckpointRow).values(row).on_conflict_do_nothing().returning(CheckpointRow.step)
+    if await session.scalar(made) is not None:  # else the report has come a second time
+        data = {"step": step, "size": len(content)}
+        session.add(
+            EventRow(job_id=job_id, attempt=number, type=queries.CHECKPOINT_EVENT, at=datetime.now(UTC), data=data)
+        )
+        await queries.drop_checkpoints(session, job_id, but=CHECKPOINTS)
+    return Checkpoint(attempt=number, step=step, digest=digest, size=len(content))
 
 
 async def report_failure(

@@ -29,6 +29,8 @@ async def retry_job(session: AsyncSession, queue: Queue, job_id: UUID, actor: st
             needs=[str(need.id) for need in lost],
         )
     job.lost, job.progress, job.finished_at = 0, {}, None
+    if fresh:
+        await queries.drop_checkpoints(session, job.id)
     if waits_for := [str(need.id) for need in needs if need.state != "succeeded"]:
         wait(session, job, f"waits for job {', '.join(waits_for)}")
     else:

@@ -95,6 +95,20 @@ class EventRow(Table):
     data: Mapped[dict[str, Any]]
 
 
+class CheckpointRow(Table):
+    """The state of an attempt's training after a step; the newest two of a job are kept while it may go on."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (ForeignKeyConstraint(["job_id", "attempt"], ["attempts.job_id", "attempts.number"]),)
+
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str]
+    size: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[CreatedAt]
+
+
 class StagedRow(Table):
     """A file that an attempt has stored; only such files can become part of its result."""
 

@@ -34,7 +34,7 @@ from tpv_service.search.family import RECORD, Family, Snapshot
 
 log = structlog.get_logger()
 
-_ROWS_HELD = 4_000_000  #: of all families together; at most 310 bytes of memory each, beside what the system maps
+_ROWS_HELD = 4_000_000  #: of all families together; at most 330 bytes of memory each, beside what the system maps
 _PATIENCE = 20.0  #: seconds that a query waits for a large family to be read; it goes on without the query
 _BLOCK = 1 << 24  #: bytes that are taken over at a time while a family is read
 

@@ -12,7 +12,7 @@ from tpv_service.search.family import RECORD, Family
 from tpv_service.search.scores import best
 from tpv_service.search.sketch import sketch_of
 
-COUNT, WIDTH = 12_000, 24
+COUNT, WIDTH = 24_000, 24
 
 
 def alike(seed: int, count: int = COUNT) -> np.ndarray:
@@ -31,7 +31,7 @@ def best_of_all(matrix: np.ndarray, query: np.ndarray, where: np.ndarray, k: int
 
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("sketched", [COUNT, COUNT - 900])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_nothing_that_is_among_the_best_is_ruled_out(seed, sketched, k):
     matrix, random = alike(seed), np.random.default_rng(seed)
     sketch = sketch_of(matrix[:sketched])
@@ -76,12 +76,13 @@ def test_zeros_and_overflows_rule_nothing_out_that_is_good(value):
 
 def test_a_sketch_grows_with_its_family():
     matrix = alike(2)
-    small = sketch_of(matrix[:5000])
+    small = sketch_of(matrix[: COUNT // 3])
     grown = sketch_of(matrix, small)
 
-    assert (len(grown), grown.found_in) == (COUNT, 5000)
+    assert (len(grown), grown.found_in) == (COUNT, COUNT // 3)
     np.testing.assert_array_equal(grown.basis, small.basis)
-    np.testing.assert_allclose(grown.low, matrix @ small.basis, atol=1e-4)
+    np.testing.assert_allclose(grown.low, (matrix @ small.basis)[grown.rows], atol=1e-4)
+    assert (np.diff(grown.norms) <= 0).all()
     assert sketch_of(np.concatenate([matrix, matrix]), small).found_in == 2 * COUNT
 
 

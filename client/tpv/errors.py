@@ -4,7 +4,8 @@ TpvError
 ├── ProblemError            what the service answers; `type`, `status`, `title` are stable
 │   ├── NotFound            404: a named thing is not there
 │   ├── Conflict            409: it is there, but not as the request wants it
-│   │   ├── VersionConflict, IncompatibleVectors, AliasMoved, InUse, IdempotencyConflict, StaleAttempt, JobFinished
+│   │   ├── VersionConflict, IncompatibleVectors, AliasMoved, InUse, IdempotencyConflict, StaleAttempt, JobFinished,
+│   │   ├── NotNow
 │   ├── Invalid             422: the request itself is wrong
 │   │   ├── InvalidReference, InvalidTensor, InvalidDataset, InvalidOptions, FingerprintMismatch
 │   ├── TooLarge            413
@@ -118,6 +119,13 @@ class JobFinished(Conflict):
 
     type = "job-finished"
     title = "The job has ended"
+
+
+class NotNow(Conflict):
+    """The job may not start on this worker, or not yet; the service hands it out again."""
+
+    type = "not-now"
+    title = "The job cannot start now"
 
 
 class Invalid(ProblemError):

@@ -15,6 +15,7 @@ from tpv_service.auth.tokens import ensure_initial_token
 from tpv_service.datasets import endpoints as datasets
 from tpv_service.db import create_engine, create_reader, create_sessionmaker
 from tpv_service.jobs import endpoints as jobs
+from tpv_service.jobs import workers
 from tpv_service.jobs.stalled import watch_stalled_jobs
 from tpv_service.queue import Queue
 from tpv_service.registry import (
@@ -63,7 +64,10 @@ def create_app(settings: Settings) -> FastAPI:
         queue = Queue(settings)
         readers = create_reader(engine)
         with cache_directory(settings.cache_directory) as cache:
-            async with watch_stalled_jobs(settings, sessions, queue), Indexes(settings, readers).opened() as indexes:
+            async with (
+                watch_stalled_jobs(settings, sessions, queue),
+                Indexes(settings, sessions, readers).opened() as indexes,
+            ):
                 yield State(
                     settings=settings,
                     sessions=sessions,
@@ -90,7 +94,7 @@ def create_app(settings: Settings) -> FastAPI:
     api = APIRouter(prefix="/api/v1")
     for module in (
         *(initializations, vectors, bulk, filters, versions, prompts, lineage, aliases, evaluations, combinations),
-        *(datasets, jobs, search),
+        *(datasets, jobs, workers, search),
     ):
         api.include_router(module.router)
     app.include_router(api)

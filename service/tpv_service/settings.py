@@ -47,6 +47,7 @@ class Settings(BaseSettings):
 
     stalled_after: timedelta = timedelta(seconds=30)  #: a worker is lost when its heartbeat is older
     stalled_check: timedelta = timedelta(seconds=10)
+    jobs_per_owner: int | None = Field(None, ge=1, description="Jobs of one owner that may run at a time.")
     retry_limit: int = Field(5, ge=1, description="Attempts in a row that a job may lose before it fails.")
     retry_pause: timedelta = timedelta(seconds=1)  #: after the first lost attempt, twice as long after each further one
 

@@ -3,7 +3,7 @@
 from tpv_service.auth.tables import TokenRow
 from tpv_service.datasets.tables import DatasetRow, DatasetVersionRow, SplitRow
 from tpv_service.db import Table
-from tpv_service.jobs.tables import AttemptRow, CheckpointRow, EventRow, JobRow, NeedRow, StagedRow
+from tpv_service.jobs.tables import AttemptRow, CheckpointRow, EventRow, JobRow, NeedRow, StagedRow, WorkerRow
 from tpv_service.registry.tables import (
     AliasChangeRow,
     AliasRow,
@@ -39,4 +39,5 @@ __all__ = [
     "TokenRow",
     "VectorRow",
     "VersionRow",
+    "WorkerRow",
 ]

@@ -8,14 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
+from tpv.cli import worker as others
 from tpv_worker.lab import cli as lab
 
 app = typer.Typer()
 app.add_typer(lab.app, name="lab")
+group = typer.Typer(invoke_without_command=True, subcommand_metavar="[list]")
+group.command("list")(others.list_)
+app.add_typer(group, name="worker")
 
 
-@app.command()
+@group.callback()
 def worker(
+    context: typer.Context,
     queues: Annotated[
         str | None, typer.Option(help="Queues to take jobs from, separated by commas; none: all.")
     ] = None,
@@ -28,6 +33,8 @@ def worker(
     ] = None,
 ) -> None:
     """Runs jobs until Ctrl-C. Where from and as whom: TPV_URL, TPV_TOKEN, TPV_QUEUE_URL."""
+    if context.invoked_subcommand is not None:
+        return
     from pydantic import ValidationError  # imported here: `tpv --help` stays quick
 
     from tpv.errors import TpvError

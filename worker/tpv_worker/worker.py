@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
@@ -22,8 +23,9 @@ from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
 
 from tpv import AsyncClient
-from tpv.errors import JobFinished, StaleAttempt, TpvError
+from tpv.errors import JobFinished, NotNow, StaleAttempt, TpvError
 from tpv.schemas.jobs import AttemptStarted, FailureReport
+from tpv.schemas.workers import WorkerReport
 from tpv_worker.settings import Settings
 
 log = structlog.get_logger()
@@ -31,6 +33,7 @@ log = structlog.get_logger()
 TASK = "tpv.run_job"  #: the service defers it under this name
 QUEUE_SCHEMA = "procrastinate"
 HEARTBEAT = 5.0  #: seconds between two signs of life; without one for 30 s the service gives a worker up
+REPORT = 15.0  #: seconds between two reports of what this worker can do
 FORGET = 86400.0  #: seconds after which a silent worker is removed from the queue's tables
 PATIENCE = 600.0  #: seconds to wait for a database that is away before starting over
 TRY_AGAIN = 75  #: exit status of an attempt that lost the service (EX_TEMPFAIL): not the job's fault
@@ -38,6 +41,7 @@ TRY_AGAIN = 75  #: exit status of an attempt that lost the service (EX_TEMPFAIL)
 # What is slow to import; the T5 module brings everything that transformers' other models use too.
 PRELOAD = [
     "tpv_worker.attempt",
+    "tpv_worker.capabilities",
     "transformers.models.t5.modeling_t5",
     "transformers.models.llama.modeling_llama",
 ]
@@ -57,12 +61,33 @@ async def run_worker(settings: Settings) -> None:
     token = settings.token.get_secret_value() if settings.token else None
     async with AsyncClient(settings.url, token, retries=10) as client:
         app = create_app(settings, client, processes)
-        if await _stopped_before(stop, _warm_up(processes)):
+        described = asyncio.create_task(_warm_up(processes, settings))
+        if await _stopped_before(stop, asyncio.wait([described])):
             return
         log.info("worker is ready", name=settings.name, queues=settings.queues or "all", device=settings.device)
+        reporting = asyncio.create_task(_report_for_ever(client, described.result(), stop))
         while not stop.is_set():
             async with app.open_async():
                 await _take_jobs(app, settings, stop)
+        reporting.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                await _report(client, described.result().model_copy(update={"state": "gone"}))
+
+
+async def _report_for_ever(client: AsyncClient, report: WorkerReport, stop: asyncio.Event) -> None:
+    """Says that this worker is there, and when it begins to stop."""
+    while not stop.is_set():
+        await _report(client, report)
+        await _stopped_before(stop, asyncio.sleep(REPORT))
+    await _report(client, report.model_copy(update={"state": "draining"}))
+
+
+async def _report(client: AsyncClient, report: WorkerReport) -> None:
+    try:
+        await client.workers.report(report)
+    except TpvError as error:  # the next report may come through
+        log.warning("cannot report to the service", error=str(error))
 
 
 async def _take_jobs(app: App, settings: Settings, stop: asyncio.Event) -> None:
@@ -109,7 +134,7 @@ def create_app(settings: Settings, client: AsyncClient, processes: ForkServerCon
         """One attempt at a job. Whatever comes of the job stands in its row; this ends well once that is settled."""
         try:
             started = await client.jobs.start_attempt(job, settings.name, context.job.id)
-        except (JobFinished, StaleAttempt):
+        except (JobFinished, NotNow, StaleAttempt):
             return
         process = processes.Process(target=_attempt, args=(settings, started), daemon=True)
         process.start()
@@ -158,22 +183,28 @@ async def _report_death(client: AsyncClient, started: AttemptStarted, status: in
 # --- Processes and patience ------------------------------------------------------------------------------------------
 
 
-async def _warm_up(processes: ForkServerContext) -> None:
-    """Starts the server that attempts are forked from, and waits until it has imported everything."""
+async def _warm_up(processes: ForkServerContext, settings: Settings) -> WorkerReport:
+    """Starts the server that attempts are forked from; gives what its first child finds out when all is imported."""
     warm, loop = asyncio.Event(), asyncio.get_running_loop()
+    receiving, sending = processes.Pipe(duplex=False)
 
     def start() -> None:
-        process = processes.Process(target=_nothing, daemon=True)
+        process = processes.Process(target=_describe, args=(settings, sending), daemon=True)
         process.start()
         process.join()
         loop.call_soon_threadsafe(warm.set)
 
     threading.Thread(target=start, daemon=True).start()  # a daemon: it holds nobody up who wants to stop
     await warm.wait()
+    if not receiving.poll():
+        raise TpvError(f"cannot use the device {settings.device!r}; see the lines above")
+    return WorkerReport.model_validate_json(receiving.recv_bytes())
 
 
-def _nothing() -> None:
-    pass
+def _describe(settings: Settings, connection: Connection) -> None:
+    from tpv_worker.capabilities import capabilities  # preloaded where this runs
+
+    connection.send_bytes(capabilities(settings).model_dump_json().encode())
 
 
 async def _stopped_before(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:

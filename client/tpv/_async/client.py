@@ -15,6 +15,7 @@ from tpv._async.initializations import AsyncInitializations
 from tpv._async.jobs import AsyncJobs
 from tpv._async.similarity import AsyncGroupings, AsyncSimilarity
 from tpv._async.vectors import AsyncVectors
+from tpv._async.workers import AsyncWorkers
 
 
 class AsyncClient:
@@ -38,6 +39,7 @@ class AsyncClient:
         settings = _base.Settings.of(url, token, timeout, retries)
         self._http = AsyncHttp(settings, transport)
         self.jobs = AsyncJobs(self._http)
+        self.workers = AsyncWorkers(self._http)
         self.initializations = AsyncInitializations(self._http, self.jobs)
         self.vectors = AsyncVectors(self._http)
         self.combinations = AsyncCombinations(self._http)

@@ -99,10 +99,11 @@ class AsyncJobs:
         seed: int = 0,
         queue: str | None = None,
         priority: int | None = None,
+        min_memory: int | str | None = None,
         **options: Any,
     ) -> AsyncJob:
         """Has a worker draw an initialization from the base model; `options` are those of the method `initialize`."""
-        members = _base.given(output=output, queue=queue, priority=priority)
+        members = _base.given(output=output, queue=queue, priority=priority, min_memory=min_memory)
         model = _base.base_model(base_model, revision, unpinned)
         return await self.submit(
             _base.message(wire.JobCreate, method="initialize", base_model=model, seed=seed, options=options, **members)
@@ -125,6 +126,7 @@ class AsyncJobs:
         tags: Mapping[str, str] | None = None,
         queue: str | None = None,
         priority: int | None = None,
+        min_memory: int | str | None = None,
         **options: Any,
     ) -> AsyncJob:
         """Tunes on a data set, or on several together; a vector is registered as the next version of `output`.
@@ -143,6 +145,7 @@ class AsyncJobs:
             tags=tags,
             queue=queue,
             priority=priority,
+            min_memory=min_memory,
         )
         return await self.submit(
             _base.message(
@@ -177,6 +180,7 @@ class AsyncJobs:
         tags: Mapping[str, str] | None = None,
         queue: str | None = None,
         priority: int | None = None,
+        min_memory: int | str | None = None,
         **options: Any,
     ) -> AsyncJob:
         """Tunes on a data set with the help of source vectors; a vector is the next version of `output`.
@@ -202,6 +206,7 @@ class AsyncJobs:
             tags=tags,
             queue=queue,
             priority=priority,
+            min_memory=min_memory,
         )
         return await self.submit(
             _base.message(

@@ -18,6 +18,7 @@ from tpv._sync.initializations import Initializations
 from tpv._sync.jobs import Jobs
 from tpv._sync.similarity import Groupings, Similarity
 from tpv._sync.vectors import Vectors
+from tpv._sync.workers import Workers
 
 
 class Client:
@@ -41,6 +42,7 @@ class Client:
         settings = _base.Settings.of(url, token, timeout, retries)
         self._http = Http(settings, transport)
         self.jobs = Jobs(self._http)
+        self.workers = Workers(self._http)
         self.initializations = Initializations(self._http, self.jobs)
         self.vectors = Vectors(self._http)
         self.combinations = Combinations(self._http)

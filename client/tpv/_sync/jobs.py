@@ -101,10 +101,11 @@ class Jobs:
         seed: int = 0,
         queue: str | None = None,
         priority: int | None = None,
+        min_memory: int | str | None = None,
         **options: Any,
     ) -> Job:
         """Has a worker draw an initialization from the base model; `options` are those of the method `initialize`."""
-        members = _base.given(output=output, queue=queue, priority=priority)
+        members = _base.given(output=output, queue=queue, priority=priority, min_memory=min_memory)
         model = _base.base_model(base_model, revision, unpinned)
         return self.submit(
             _base.message(wire.JobCreate, method="initialize", base_model=model, seed=seed, options=options, **members)
@@ -127,6 +128,7 @@ class Jobs:
         tags: Mapping[str, str] | None = None,
         queue: str | None = None,
         priority: int | None = None,
+        min_memory: int | str | None = None,
         **options: Any,
     ) -> Job:
         """Tunes on a data set, or on several together; a vector is registered as the next version of `output`.
@@ -145,6 +147,7 @@ class Jobs:
             tags=tags,
             queue=queue,
             priority=priority,
+            min_memory=min_memory,
         )
         return self.submit(
             _base.message(
@@ -179,6 +182,7 @@ class Jobs:
         tags: Mapping[str, str] | None = None,
         queue: str | None = None,
         priority: int | None = None,
+        min_memory: int | str | None = None,
         **options: Any,
     ) -> Job:
         """Tunes on a data set with the help of source vectors; a vector is the next version of `output`.
@@ -204,6 +208,7 @@ class Jobs:
             tags=tags,
             queue=queue,
             priority=priority,
+            min_memory=min_memory,
         )
         return self.submit(
             _base.message(

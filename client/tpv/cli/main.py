@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 import tpv
-from tpv.cli import combine, dataset, export, group, import_, init, job, similarity, vector
+from tpv.cli import combine, dataset, export, group, import_, init, job, similarity, vector, worker
 from tpv.cli.errors import NEEDS_EXTRA, explain
 from tpv.cli.options import Root
 
 #: Commands of each package that adds some, to name what is missing when it cannot be loaded.
-_ADDED = {"service": ("up", "serve", "db", "admin"), "worker": ("worker", "lab")}
+_ADDED = {"service": ("up", "serve", "db", "admin"), "worker": ("lab",)}
 
 
 def build() -> typer.Typer:
@@ -34,6 +34,7 @@ def build() -> typer.Typer:
     app.command("combine")(combine.combine)
     app.add_typer(dataset.app, name="dataset")
     app.add_typer(job.app, name="job")
+    app.add_typer(worker.app, name="worker")
     app.add_typer(import_.app, name="import")
     app.add_typer(export.app, name="export")
     for entry in entry_points(group="tpv.commands"):

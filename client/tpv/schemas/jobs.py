@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from tpv.schemas.base import Answer, Name, Request, Tags
 from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
@@ -72,6 +72,9 @@ class JobCreate(Request):
     seed: int = Field(0, ge=0, lt=2**63)
     queue: Name = "default"
     priority: int = Field(0, ge=-1000, le=1000)
+    min_memory: ByteSize | None = Field(
+        None, ge=1, lt=2**63, description="Of the worker's device: bytes, or a text such as 24GB (10^9) or 24GiB."
+    )
     task_type: str | None = Field(None, max_length=128)
     description: str | None = Field(None, max_length=10_000)
     tags: Tags = Field(default_factory=dict)
@@ -174,6 +177,7 @@ class Job(Answer):
     needs: list[UUID]  #: jobs that must succeed first
     queue: str
     priority: int
+    min_memory: int | None = None  #: bytes, of the worker's device
     progress: Progress
     attempts: list[Attempt]
     result: str | None  #: reference of what it produced or matched: `ns/name:3`, or an initialization's id

@@ -10,7 +10,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
-from tpv.errors import NotFound
+from tpv.errors import NotFound, NotNow
 from tpv.references import Reference
 from tpv.schemas.base import Page
 from tpv.schemas.jobs import (
@@ -27,6 +27,7 @@ from tpv.schemas.jobs import (
     Staged,
     State,
 )
+from tpv_service import problems
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.content import content_response
 from tpv_service.db import Session
@@ -140,10 +141,13 @@ async def cancel(request: Request, session: Session, actor: Writer, job: UUID) -
 # --- Reports of workers ----------------------------------------------------------------------------------------------
 
 
-@router.post("/{job}/attempts", status_code=201)
-async def start_attempt(session: Session, actor: Worker, job: UUID, attempt: AttemptStart) -> AttemptStarted:
-    """A worker begins an attempt; reports of earlier ones are refused from now on."""
-    return await report.start_attempt(session, job, attempt, actor.name)
+@router.post("/{job}/attempts", status_code=201, response_model=AttemptStarted)
+async def start_attempt(
+    request: Request, session: Session, actor: Worker, job: UUID, attempt: AttemptStart
+) -> AttemptStarted | Response:
+    """A worker begins an attempt; reports of earlier ones are refused from now on. 409 when the job may not start."""
+    started = await report.start_attempt(session, request.state.queue, job, attempt, actor.name)
+    return problems.answer(started) if isinstance(started, NotNow) else started
 
 
 @router.post("/{job}/attempts/{number}/events", status_code=204)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tpv.schemas.jobs import FINISHED, JobSpec, Reason, ResolvedVector, State
@@ -58,6 +59,27 @@ async def give_back(session: AsyncSession, queue: Queue, job: JobRow, reason: Re
     else:
         pause = settings.retry_pause * 2 ** (job.lost - 1) if job.lost else timedelta(0)
         await enqueue(session, queue, job, reason, message, after=pause)
+        if settings.jobs_per_owner is not None:
+            await session.flush()
+            await release_held(session, queue, job.actor)
+
+
+async def release_held(session: AsyncSession, queue: Queue, owner: str) -> None:
+    """Hands jobs of the owner that were held back to the workers again, as many as may run beside those that do."""
+    limit = queue.settings.jobs_per_owner
+    if limit is not None:
+        await lock_owner(session, owner)
+        limit = max(0, limit - await queries.running_jobs(session, owner))
+    for job in await queries.lock_held(session, owner, limit):
+        await enqueue(session, queue, job)
+
+
+async def lock_owner(session: AsyncSession, owner: str) -> None:
+    """No other job of this owner starts, nor is one released, before this transaction ends.
+
+    Whoever has this lock waits for no row's lock any more, so that nobody waits in a circle.
+    """
+    await session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(owner, 0))))
 
 
 async def finish(
@@ -69,6 +91,7 @@ async def finish(
     message: str | None = None,
 ) -> None:
     """Ends the job, and with it those that wait for it: with its success they may start, else they fail."""
+    ran = job.state == "running"
     show(session, job, state, reason, message)
     job.finished_at = datetime.now(UTC)
     if state == "succeeded":
@@ -80,6 +103,9 @@ async def finish(
         else:
             why = f"job {job.id}, which this one needs, {state if state == 'failed' else 'was ' + state}: {message}"
             await finish(session, queue, dependent, "failed", "dependency", why)
+    if ran and queue.settings.jobs_per_owner is not None:
+        await session.flush()
+        await release_held(session, queue, job.actor)
 
 
 async def end_attempt(

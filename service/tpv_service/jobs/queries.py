@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Select, exists, select
+from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import joinedload, selectinload
+from sqlalchemy.orm import aliased, joinedload, selectinload
 
 from tpv.errors import NotFound
 from tpv.schemas.jobs import FINISHED, Event, EventPage, State
-from tpv_service.jobs.tables import AttemptRow, CheckpointRow, EventRow, JobRow, NeedRow, StagedRow
+from tpv_service.jobs.tables import AttemptRow, CheckpointRow, EventRow, JobRow, NeedRow, StagedRow, WorkerRow
 from tpv_service.registry.tables import VersionRow
 
 T = TypeVar("T")
 
 LIVE = ("queued", "running")
 LOST = ("failed", "cancelled")  #: ended, and nothing came of it; a retry brings it back
+WORKER_SILENCE = timedelta(seconds=50)  #: a worker reports every 15 s; without three reports in a row it is gone
 STATE_EVENT = "state"
 CHECKPOINT_EVENT = "checkpoint"
 OWN_EVENTS = (STATE_EVENT, CHECKPOINT_EVENT)  #: those that the service itself writes
@@ -83,6 +84,42 @@ async def waits(session: AsyncSession, job: UUID, states: Sequence[str] = ("queu
         .where(NeedRow.job_id == job, JobRow.state.in_(states))
     )
     return bool(await session.scalar(select(exists(unmet))))
+
+
+async def running_jobs(session: AsyncSession, owner: str, *, but: UUID | None = None) -> int:
+    """How many jobs of this owner run, one aside."""
+    statement = select(func.count()).select_from(JobRow).where(JobRow.state == "running", JobRow.actor == owner)
+    return await session.scalar(statement if but is None else statement.where(JobRow.id != but)) or 0
+
+
+async def owners_of_held(session: AsyncSession) -> Sequence[str]:
+    return (await session.scalars(select(JobRow.actor).where(_held()).distinct().order_by(JobRow.actor))).all()
+
+
+async def lock_held(session: AsyncSession, owner: str, limit: int | None) -> Sequence[JobRow]:
+    """The first jobs of this owner that were held back and may be handed out; those that others change are left out."""
+    statement = (
+        select(JobRow)
+        .where(_held(), JobRow.actor == owner)
+        .order_by(JobRow.priority.desc(), JobRow.id)
+        .limit(limit)
+        .with_for_update(of=JobRow, skip_locked=True)
+        .execution_options(populate_existing=True)
+    )
+    return (await session.scalars(statement)).all()
+
+
+def _held() -> ColumnElement[bool]:
+    """Waiting outside the queue, though for no other job, nor for a worker that is not there."""
+    needed = aliased(JobRow)
+    unmet = exists().where(NeedRow.job_id == JobRow.id, needed.id == NeedRow.needs_id, needed.state != "succeeded")
+    able = exists().where(WorkerRow.memory >= JobRow.min_memory, worker_is_there())
+    return and_(JobRow.state == "queued", JobRow.queue_id.is_(None), ~unmet, or_(JobRow.min_memory.is_(None), able))
+
+
+def worker_is_there() -> ColumnElement[bool]:
+    """Whether a worker takes jobs, as far as is known."""
+    return and_(WorkerRow.state == "ready", WorkerRow.last_seen > func.now() - WORKER_SILENCE)
 
 
 async def lock_live_job(session: AsyncSession, spec: dict[str, Any]) -> JobRow | None:

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.concurrency import run_in_threadpool
 
 from tpv import files
-from tpv.errors import Conflict, Invalid, InvalidTensor, JobFinished, StaleAttempt
+from tpv.errors import Conflict, Invalid, InvalidTensor, JobFinished, NotNow, StaleAttempt
 from tpv.methods import METHODS
 from tpv.references import DEFAULT_NAMESPACE
 from tpv.schemas.jobs import (
@@ -36,6 +36,7 @@ from tpv.schemas.vectors import EvaluationCreate, Parent, VersionCreate
 from tpv.vectors import Float32, as_prompt
 from tpv_service.db import release
 from tpv_service.jobs import queries
+from tpv_service.jobs.held import hold_back
 from tpv_service.jobs.lifecycle import end_attempt, finish, give_back, has_ended, show
 from tpv_service.jobs.submit import tasks_of
 from tpv_service.jobs.tables import AttemptRow, CheckpointRow, EventRow, JobRow, StagedRow
@@ -48,8 +49,13 @@ from tpv_service.storage import BlobStore
 CHECKPOINTS = 2  #: kept of a job: should the newest be damaged, there is the one before
 
 
-async def start_attempt(session: AsyncSession, job_id: UUID, report: AttemptStart, actor: str) -> AttemptStarted:
-    """Begins the next attempt; one that was still running is superseded by it."""
+async def start_attempt(
+    session: AsyncSession, queue: Queue, job_id: UUID, report: AttemptStart, actor: str
+) -> AttemptStarted | NotNow:
+    """Begins the next attempt; one that was still running is superseded by it.
+
+    Gives NotNow, instead of raising it, when the job is held back: that is written down.
+    """
     job = await queries.lock_job(session, job_id)
     if has_ended(job):
         raise JobFinished(f"job {job_id} is {job.state} already")
@@ -57,6 +63,8 @@ async def start_attempt(session: AsyncSession, job_id: UUID, report: AttemptStar
         raise Conflict(f"job {job_id} waits for others: {job.message}")
     if report.entry not in (None, job.queue_id):
         raise StaleAttempt(f"job {job_id} was given to another worker meanwhile, by another entry of the queue")
+    if message := await hold_back(session, queue, job, report.worker):
+        return NotNow(f"job {job_id} {message}")
     await end_attempt(session, job, "superseded", "worker-lost", f"attempt {job.attempt + 1} took over")
     job.attempt += 1
     job.started_at = job.started_at or datetime.now(UTC)

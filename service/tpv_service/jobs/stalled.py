@@ -10,6 +10,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from tpv_service.jobs import queries
+from tpv_service.jobs.held import release_all_held
 from tpv_service.jobs.lifecycle import end_attempt, give_back, has_ended
 from tpv_service.queue import Lost, Queue
 from tpv_service.settings import Settings
@@ -40,6 +41,7 @@ async def _watch(settings: Settings, sessions: async_sessionmaker[AsyncSession],
         await asyncio.sleep(pause.total_seconds())
         try:
             await lost_jobs.look()
+            await release_all_held(sessions, queue)
             pause = settings.stalled_check
         except Exception as error:  # whatever it was, the next look may succeed
             log.warning("cannot look for jobs of lost workers", error=repr(error))

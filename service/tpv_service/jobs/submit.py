@@ -39,7 +39,7 @@ from tpv_service.registry.tables import BaseModelRow, InitializationRow, Version
 from tpv_service.search.queries import Query, choose
 from tpv_service.search.scores import center_of
 
-_COMMON = frozenset({"method", "options", "seed", "queue", "priority", "description", "tags"})
+_COMMON = frozenset({"method", "options", "seed", "queue", "priority", "min_memory", "description", "tags"})
 
 
 async def resolve_job(http: Request, session: AsyncSession, request: JobCreate) -> tuple[JobSpec, JobSpec | None]:
@@ -135,6 +135,7 @@ async def _create(
         output_name=output and output.name,
         queue=request.queue,
         priority=request.priority,
+        min_memory=request.min_memory,
         attempt=0,
         lost=0,
         progress={},

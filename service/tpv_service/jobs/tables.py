@@ -6,7 +6,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, ForeignKeyConstraint, Identity, Index
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, ForeignKeyConstraint, Identity, Index, Text, text
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from tpv_service.db import CreatedAt, Id, Table
@@ -33,6 +34,7 @@ class JobRow(Table):
     output_name: Mapped[str | None]
     queue: Mapped[str]
     priority: Mapped[int]
+    min_memory: Mapped[int | None] = mapped_column(BigInteger)  #: bytes, of the worker's device
     queue_id: Mapped[int | None] = mapped_column(BigInteger)  #: of the queue's own job; None until it is deferred
     attempt: Mapped[int]  #: number of the current attempt, 0 before the first
     lost: Mapped[int]  #: deliveries in a row that came to nothing through no fault of the job, and no checkpoint
@@ -69,6 +71,7 @@ class AttemptRow(Table):
     """One try at a job by one worker; its number fences its reports."""
 
     __tablename__ = "attempts"
+    __table_args__ = (Index(None, "worker", postgresql_where=text("state = 'running'")),)
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey(JobRow.id), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
@@ -79,6 +82,25 @@ class AttemptRow(Table):
     message: Mapped[str | None]
     started_at: Mapped[CreatedAt]
     finished_at: Mapped[datetime | None]
+
+
+class WorkerRow(Table):
+    """What a worker said of itself last."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    state: Mapped[str]
+    device: Mapped[str]
+    memory: Mapped[int | None] = mapped_column(BigInteger)
+    dtypes: Mapped[list[str]]
+    models: Mapped[list[str]]
+    concurrency: Mapped[int]
+    queues: Mapped[list[str] | None] = mapped_column(ARRAY(Text()))
+    versions: Mapped[dict[str, str]]
+    actor: Mapped[str]
+    created_at: Mapped[CreatedAt]
+    last_seen: Mapped[datetime]
 
 
 class EventRow(Table):

@@ -25,6 +25,7 @@ def job_view(row: JobRow) -> Job:
         needs=[need.needs_id for need in row.needs],
         queue=row.queue,
         priority=row.priority,
+        min_memory=row.min_memory,
         progress=Progress.model_validate(row.progress),
         attempts=[Attempt.model_validate(attempt) for attempt in row.attempts],
         result=result,

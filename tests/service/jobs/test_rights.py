@@ -35,6 +35,8 @@ def settings(settings: Settings) -> Settings:
         ("POST", f"{JOB}/attempts", WORKERS),
         ("POST", f"{JOB}/attempts/1/events", WORKERS),
         ("POST", f"{JOB}/attempts/1/staged", WORKERS),
+        ("GET", "/api/v1/workers", ANYBODY),
+        ("POST", "/api/v1/workers", WORKERS),
         ("PUT", f"{JOB}/attempts/1/checkpoint?step=1", WORKERS),
         ("GET", f"{JOB}/checkpoints/sha256:0", WORKERS),
         ("POST", f"{JOB}/attempts/1/result", WORKERS),

@@ -1,0 +1,60 @@
+"""What this worker can do, as the registry is told. Runs in a process of its own: asking a GPU takes hold of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.constants import HF_HUB_CACHE
+
+import tpv
+from tpv.schemas.workers import WorkerReport
+from tpv_worker import lab
+from tpv_worker.settings import Settings
+
+
+def capabilities(settings: Settings) -> WorkerReport:
+    return WorkerReport(
+        name=settings.name,
+        device=settings.device,
+        memory=_memory(settings.device),
+        dtypes=_dtypes(settings.device),
+        models=_models(settings.model_directories),
+        concurrency=settings.concurrency,
+        queues=settings.queues,
+        versions={
+            "tpv-registry": tpv.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+
+
+def _memory(device: str) -> int | None:
+    """Bytes of the device; of a CPU those of the machine, or of the container where that has less."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    container = Path("/sys/fs/cgroup/memory.max")
+    if container.exists() and (limit := container.read_text().strip()).isdigit():
+        limits.append(int(limit))
+    return min(limits)
+
+
+def _dtypes(device: str) -> list[str]:
+    """Those that the device computes with natively; a CPU emulates the short ones, many times slower."""
+    if not device.startswith("cuda"):
+        return ["float32"]
+    with torch.cuda.device(device):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return ["float32", "float16", *(["bfloat16"] if native else [])]
+
+
+def _models(directories: list[Path]) -> list[str]:
+    """Base models that are here: the lab's, those in the allowed directories, and those of the hub's cache."""
+    local = [path.parent for directory in directories for path in sorted(directory.glob("*/config.json"))]
+    cached = sorted(Path(HF_HUB_CACHE).glob("models--*")) if Path(HF_HUB_CACHE).is_dir() else []
+    hub = [path.name.removeprefix("models--").replace("--", "/") for path in cached]
+    return [lab.BASE_MODEL, *map(str, local), *hub][:1000]

@@ -114,8 +114,15 @@ async def _session(request: Request) -> AsyncIterator[AsyncSession]:
         await session.commit()
 
 
+async def _reader(request: Request) -> AsyncIterator[AsyncSession]:
+    async with request.state.readers() as session:
+        yield session
+
+
 # scope="function": the commit comes before the answer, so a commit that fails is a 500 and never a 201.
 Session = Annotated[AsyncSession, Depends(_session, scope="function")]
+#: Of a POST that only asks: its statements stand for themselves, as those of a GET do.
+ReadOnlySession = Annotated[AsyncSession, Depends(_reader, scope="function")]
 
 
 async def release(session: AsyncSession) -> None:

@@ -32,7 +32,7 @@ from tpv.schemas.similarity import (
     TraceEntry,
 )
 from tpv_service.auth.tokens import Actor, Allowed
-from tpv_service.db import Session, release
+from tpv_service.db import ReadOnlySession, release
 from tpv_service.registry import queries as registry
 from tpv_service.registry.compatibility import check_same_initialization
 from tpv_service.registry.views import initialization_summary, version_reference
@@ -52,7 +52,7 @@ Reader = Annotated[Actor, Depends(Allowed("read", "write", "worker"))]
 
 
 @router.post("/similarity/search")
-async def search(request: Request, session: Session, _: Reader, asked: SearchRequest) -> SearchAnswer:
+async def search(request: Request, session: ReadOnlySession, _: Reader, asked: SearchRequest) -> SearchAnswer:
     """The k vectors most similar to one, to a combination, or to an uploaded one; ties in the order of references."""
     mixed = asked.allow_mixed_initializations
     query = await read_query(request, session, asked.query, mixed=mixed)
@@ -74,7 +74,7 @@ async def search(request: Request, session: Session, _: Reader, asked: SearchReq
 
 
 async def _nearest(
-    request: Request, session: Session, query: Query, pool: Candidates, asked: SearchRequest
+    request: Request, session: ReadOnlySession, query: Query, pool: Candidates, asked: SearchRequest
 ) -> tuple[Rows, NDArray[np.float32], str | None]:
     """Rows of the pool that may be among the best k, their similarities, and how they were found if not by all."""
     if asked.metric == "cosine-flat":
@@ -108,7 +108,7 @@ def _compared(query: Query, pool: Candidates, rows: Rows, k: int) -> tuple[Rows,
 
 
 async def _nearest_flat(
-    request: Request, session: Session, query: Query, pool: Candidates, asked: SearchRequest
+    request: Request, session: ReadOnlySession, query: Query, pool: Candidates, asked: SearchRequest
 ) -> tuple[Rows, NDArray[np.float32], str | None]:
     rows, how = np.flatnonzero(pool.where), None
     if len(rows) > FLAT_LIMIT and asked.accuracy == "exact":
@@ -126,7 +126,7 @@ async def _nearest_flat(
 
 
 async def _by_index(
-    request: Request, session: Session, query: Query, pool: Candidates, asked: SearchRequest
+    request: Request, session: ReadOnlySession, query: Query, pool: Candidates, asked: SearchRequest
 ) -> tuple[Rows, NDArray[np.float32], str] | None:
     """What the family's index gives, compared exactly; None when all candidates are to be compared instead."""
     family: indexes.Indexes = request.state.indexes
@@ -143,9 +143,10 @@ async def _by_index(
     count = indexes.shortlist(width, asked.k)
     # Beyond the widest that is indexed as it is, the index ranks roughly: what is compared exactly decides.
     wanted = min(asked.k if width <= indexes.VECTOR_WIDTH else count // 2, pool.size)
+    await release(session)  # the index is asked on a connection of its own
     for _ in range(3):
         ef_search = max(asked.ef_search, min(count, 1000))  # fewer are never found well
-        ids = await family.nearest(session, query.initialization, query.pooled, count=count, ef_search=ef_search)
+        ids = await family.nearest(query.initialization, query.pooled, count=count, ef_search=ef_search)
         rows = snapshot.rows_of(as_bytes(ids))
         rows = rows[pool.where[rows]]
         if len(rows) >= wanted:
@@ -158,7 +159,7 @@ async def _by_index(
 @router.post("/similarity/matrix", responses={200: {"content": {"text/csv": {}}}}, response_model=MatrixAnswer)
 async def matrix(
     request: Request,
-    session: Session,
+    session: ReadOnlySession,
     _: Reader,
     asked: MatrixRequest,
     form: Annotated[
@@ -217,7 +218,7 @@ def _csv(references: list[str], values: NDArray[np.float32]) -> str:
 
 @router.post("/groupings")
 async def create_grouping(
-    request: Request, session: Session, _: Reader, asked: GroupingRequest
+    request: Request, session: ReadOnlySession, _: Reader, asked: GroupingRequest
 ) -> GroupingAnswer | GroupingsAnswer:
     """The group of source vectors for a target, with the decisions that led to it."""
     if isinstance(asked.target, str):
@@ -225,7 +226,7 @@ async def create_grouping(
     return GroupingsAnswer(items=[await _group(request, session, asked, target) for target in asked.target])
 
 
-async def _group(request: Request, session: Session, asked: GroupingRequest, target: str) -> GroupingAnswer:
+async def _group(request: Request, session: ReadOnlySession, asked: GroupingRequest, target: str) -> GroupingAnswer:
     mixed = asked.allow_mixed_initializations
     query = await read_query(request, session, target)
     pool = await choose(request, session, query, asked.candidates, allow_same_task=asked.allow_same_task, mixed=mixed)
@@ -299,7 +300,7 @@ async def _group(request: Request, session: Session, asked: GroupingRequest, tar
 
 
 async def _tie_order(
-    session: Session, asked: GroupingRequest, pool: Candidates, similarities: NDArray[np.float32]
+    session: ReadOnlySession, asked: GroupingRequest, pool: Candidates, similarities: NDArray[np.float32]
 ) -> NDArray[np.int64] | None:
     """Places of candidates with equal similarities: as they were given, else in the order of their references."""
     if asked.candidates.references is not None or not len(rows := scores.tied(similarities, pool.where)):

@@ -49,10 +49,15 @@ def shortlist(width: int, k: int) -> int:
 class Indexes:
     """Builds the indexes of this database, one at a time among all processes of the service."""
 
-    def __init__(self, settings: Settings, readers: async_sessionmaker[AsyncSession]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        sessions: async_sessionmaker[AsyncSession],
+        readers: async_sessionmaker[AsyncSession],
+    ) -> None:
         self.above = settings.search_index_above
         self._memory = settings.search_index_memory
-        self._readers = readers
+        self._sessions, self._readers = sessions, readers
         self._ready: set[UUID] = set()
         self._wanted: asyncio.Queue[InitializationRow] = asyncio.Queue()
         self._asked: set[UUID] = set()
@@ -79,31 +84,31 @@ class Indexes:
         return initialization.id in self._ready
 
     async def nearest(
-        self, session: AsyncSession, initialization: InitializationRow, pooled: Float32, *, count: int, ef_search: int
+        self, initialization: InitializationRow, pooled: Float32, *, count: int, ef_search: int
     ) -> Sequence[UUID]:
-        """About `count` versions of the family with the largest product with `pooled` (d,), best first.
-
-        The session has a transaction, which the settings of the search are for.
-        """
+        """About `count` versions of the family with the largest product with `pooled` (d,), best first."""
         indexed, _ = expression(initialization.token_dim)
         value = indexed.replace("pooled", "cast(:pooled as vector)")
-        await session.execute(
-            text("""
-                select set_config('hnsw.ef_search', :ef_search, true),
-                       set_config('hnsw.iterative_scan', 'relaxed_order', true)
-            """),
-            {"ef_search": str(ef_search)},
-        )
-        # The family as a literal: a parameter would not tell the planner that the index is the family's.
-        found = await session.execute(
-            text(f"""
-                select id from versions where initialization_id = '{initialization.id}'
-                order by {indexed} <#> {value} limit :count
-            """),  # noqa: S608 # a UUID and numbers of our own
-            # Scaled, the order is the same, and half precision is never exceeded.
-            {"pooled": pgvector.Vector(pooled / (np.abs(pooled).max() or 1)), "count": count},
-        )
-        return list(found.scalars())
+        async with self._sessions.begin() as session:  # the settings hold for its transaction
+            # From some ef_search on the planner would rather read and sort the whole family, which takes far longer.
+            await session.execute(
+                text("""
+                    select set_config('hnsw.ef_search', :ef_search, true),
+                           set_config('hnsw.iterative_scan', 'relaxed_order', true),
+                           set_config('enable_seqscan', 'off', true), set_config('enable_sort', 'off', true)
+                """),
+                {"ef_search": str(ef_search)},
+            )
+            # The family as a literal: a parameter would not tell the planner that the index is the family's.
+            found = await session.execute(
+                text(f"""
+                    select id from versions where initialization_id = '{initialization.id}'
+                    order by {indexed} <#> {value} limit :count
+                """),  # noqa: S608 # a UUID and numbers of our own
+                # Scaled, the order is the same, and half precision is never exceeded.
+                {"pooled": pgvector.Vector(pooled / (np.abs(pooled).max() or 1)), "count": count},
+            )
+            return list(found.scalars())
 
     async def _build_wanted(self) -> None:
         while True:

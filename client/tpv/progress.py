@@ -15,6 +15,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.text import Text
@@ -42,6 +43,7 @@ def following(jobs: Sequence[Job]) -> Iterator[JobBars]:
         BarColumn(bar_width=24),
         TextColumn("{task.fields[steps]}", justify="right"),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[says]}"),
         console=_console(),
     ) as bars:

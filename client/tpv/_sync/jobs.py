@@ -241,6 +241,11 @@ class Jobs:
         )
         return self._http.ask(wire.EventPage, call)
 
+    def logs(self, job: JobLike, *, attempt: int | None = None) -> str:
+        """What was said of a job so far, a line each: states, phases, warnings and log lines; of one attempt or all."""
+        call = Call(method="GET", path=f"/jobs/{_paths.job_id(job)}/logs", params={"attempt": attempt})
+        return (self._http.send(call)).text
+
     def download(self, job: JobLike, path: str | Path, *, progress: bool = False) -> Path:
         """Saves the artifact of a job, a safetensors file, when it is complete and verified.
 

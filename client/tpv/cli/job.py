@@ -230,6 +230,17 @@ def watch(
         Output(False).note(f"{job.method} {job.id} succeeded: {_result(job)}  {cell(job.metrics)}")
 
 
+@app.command("logs")
+def logs(
+    context: typer.Context,
+    job: JobArgument,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Only this attempt.")] = None,
+) -> None:
+    """Prints what was said of a job so far: states, phases, warnings and log lines."""
+    with connect(context) as client:
+        typer.echo(client.jobs.logs(job, attempt=attempt), nl=False)
+
+
 @app.command("download")
 def download(
     context: typer.Context,
@@ -348,7 +359,10 @@ def _members(job: Job) -> dict[str, Any]:
         "metrics": job.metrics,
         "step": _step(job),
         "loss": job.progress.loss,
+        "samples/s": job.progress.samples_per_second,
+        "left": f"{job.progress.eta:.0f} s" if job.progress.eta is not None and not job.finished else None,
         "group": [plain(member) for member in job.progress.group or ()],
+        "group changes": job.progress.group_changes,
         "data set": plain(spec.dataset.reference) if spec.dataset else None,
         "further data sets": [plain(dataset.reference) for dataset in spec.datasets],
         "initialization": plain(spec.initialization.reference) if spec.initialization else None,

@@ -7,8 +7,8 @@ import time
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import Response
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
 from tpv.errors import NotFound, NotNow
 from tpv.references import Reference
@@ -35,6 +35,7 @@ from tpv_service.idempotency import IdempotentRequest
 from tpv_service.jobs import queries, report
 from tpv_service.jobs.cancel import cancel_job
 from tpv_service.jobs.retry import retry_job
+from tpv_service.jobs.stream import LOOK_EVERY, event_stream, log_lines
 from tpv_service.jobs.submit import resolve_job, submit_job
 from tpv_service.jobs.tables import JobRow
 from tpv_service.jobs.view import job_view
@@ -44,8 +45,6 @@ router = APIRouter(tags=["jobs"], prefix="/jobs")
 Reader = Annotated[Actor, Depends(Allowed("read", "write", "worker"))]
 Writer = Annotated[Actor, Depends(Allowed("write"))]
 Worker = Annotated[Actor, Depends(Allowed("worker"))]
-
-LOOK_EVERY = 0.25  #: seconds between two looks for new events, for those who wait for them
 
 
 @router.post("", status_code=201, response_model=Job)
@@ -87,7 +86,11 @@ async def get_job(session: Session, _: Reader, job: UUID) -> Job:
     return job_view(await queries.job_by_id(session, job))
 
 
-@router.get("/{job}/events")
+@router.get(
+    "/{job}/events",
+    response_model=EventPage,
+    responses={200: {"content": {"text/event-stream": {}}}, 204: {"description": "A stream after the last event."}},
+)
 async def list_events(
     request: Request,
     _: Reader,
@@ -95,8 +98,14 @@ async def list_events(
     after: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     wait: Annotated[float, Query(ge=0, le=25, description="Seconds to wait for the first event.")] = 0,
-) -> EventPage:
-    """The job's events after one of them, oldest first; waits for some to come, holding no connection meanwhile."""
+    last_event_id: Annotated[int | None, Header(ge=0, description="Of a stream that broke off.")] = None,
+) -> EventPage | Response:
+    """The job's events after one of them, oldest first; waits for some to come, holding no connection meanwhile.
+
+    With `Accept: text/event-stream`, a stream of them until the job has ended.
+    """
+    if "text/event-stream" in request.headers.get("accept", ""):
+        return await event_stream(request.state.sessions, job, after if last_event_id is None else last_event_id)
     deadline = time.monotonic() + wait
     while True:
         async with request.state.sessions() as session:
@@ -104,6 +113,16 @@ async def list_events(
         if events.items or events.finished or time.monotonic() >= deadline:
             return events
         await asyncio.sleep(LOOK_EVERY)
+
+
+@router.get("/{job}/logs", response_class=PlainTextResponse)
+async def get_logs(
+    request: Request, session: Session, _: Reader, job: UUID, attempt: Annotated[int | None, Query(ge=1)] = None
+) -> StreamingResponse:
+    """What was said of the job so far, as text, a line each; of one attempt, or of all."""
+    await queries.job_by_id(session, job)
+    lines = log_lines(request.state.sessions, job, attempt)
+    return StreamingResponse(lines, media_type="text/plain; charset=utf-8")
 
 
 @router.get("/{job}/artifact", response_class=Response)

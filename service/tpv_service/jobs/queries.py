@@ -23,6 +23,7 @@ LOST = ("failed", "cancelled")  #: ended, and nothing came of it; a retry brings
 WORKER_SILENCE = timedelta(seconds=50)  #: a worker reports every 15 s; without three reports in a row it is gone
 STATE_EVENT = "state"
 CHECKPOINT_EVENT = "checkpoint"
+LOGGED = (STATE_EVENT, CHECKPOINT_EVENT, "phase", "log", "warning")
 OWN_EVENTS = (STATE_EVENT, CHECKPOINT_EVENT)  #: those that the service itself writes
 
 
@@ -174,6 +175,14 @@ async def event_page(session: AsyncSession, job: UUID, after: int, limit: int) -
         next_after=items[-1].id if items else after,
         finished=state in FINISHED and len(items) < limit,
     )
+
+
+async def log_events(session: AsyncSession, job: UUID, after: int, limit: int, attempt: int | None) -> list[Event]:
+    """Events that are read as lines of a log."""
+    statement = select(EventRow).where(EventRow.job_id == job, EventRow.id > after, EventRow.type.in_(LOGGED))
+    if attempt is not None:
+        statement = statement.where(EventRow.attempt == attempt)
+    return [Event.model_validate(row) for row in await session.scalars(statement.order_by(EventRow.id).limit(limit))]
 
 
 def _found(row: T | None, job: UUID) -> T:

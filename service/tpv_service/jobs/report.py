@@ -7,6 +7,7 @@ is a new attempt, a second result or failure of the attempt that ended the job g
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -46,6 +47,7 @@ from tpv_service.registry.queries import resolve_initialization
 from tpv_service.registry.tables import EvaluationRow
 from tpv_service.storage import BlobStore
 
+SPEED_OVER = 30.0  #: seconds; what was before counts for 1/e
 CHECKPOINTS = 2  #: kept of a job: should the newest be damaged, there is the one before
 
 
@@ -85,22 +87,43 @@ async def report_events(session: AsyncSession, job_id: UUID, number: int, events
     newest = await queries.newest_report(session, job_id, number)
     new = [event for event in events if newest is None or event.at > newest]
     session.add_all(EventRow(job_id=job_id, attempt=number, **event.model_dump()) for event in new)
-    job.progress = _progress(job.progress, new)
+    job.progress = _progress(job.progress, new, job.spec["options"].get("batch_size"))
 
 
-def _progress(progress: dict[str, Any], events: list[EventReport]) -> dict[str, Any]:
+def _progress(progress: dict[str, Any], events: list[EventReport], batch_size: int | None) -> dict[str, Any]:
     """Where the job is after these events."""
-    newer = dict(progress)
-    for event in events:
-        if event.type == "group":
-            newer["group"] = event.data.get("members")
-        elif event.type in ("progress", "evaluation"):
-            newer |= {name: event.data[name] for name in Progress.model_fields if name in event.data}
+    where = Progress.model_validate(progress)
     try:
-        return Progress.model_validate(newer).model_dump(exclude_none=True)
+        for event in events:
+            if event.type == "group":
+                changes = 0 if where.group_changes is None else where.group_changes + 1
+                said = {"group": event.data.get("members"), "group_changes": changes}
+            elif event.type in ("progress", "evaluation"):
+                said = {name: event.data[name] for name in Progress.model_fields if name in event.data}
+            else:
+                continue
+            newer = Progress.model_validate({**where.model_dump(), **said})
+            where = _with_speed(where, newer, event.at, batch_size) if event.type == "progress" else newer
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise Invalid(f"an event's {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
+    return where.model_dump(mode="json", exclude_none=True)
+
+
+def _with_speed(before: Progress, now: Progress, at: datetime, batch_size: int | None) -> Progress:
+    """With the speed of the last seconds, validations included, and the time that is left at this speed."""
+    now = now.model_copy(update={"at": at})
+    if before.step is None or before.at is None or now.step is None or not batch_size:
+        return now
+    seconds, steps = (at - before.at).total_seconds(), now.step - before.step
+    if seconds <= 0 or steps < 0:
+        return now
+    speed = steps * batch_size / seconds
+    if before.samples_per_second is not None:
+        weight = math.exp(-seconds / SPEED_OVER)
+        speed = weight * before.samples_per_second + (1 - weight) * speed
+    left = (now.steps - now.step) * batch_size / speed if now.steps is not None and speed > 0 else None
+    return now.model_copy(update={"samples_per_second": speed, "eta": left})
 
 
 async def stage_file(session: AsyncSession, store: BlobStore, job_id: UUID, number: int, content: bytes) -> Staged:

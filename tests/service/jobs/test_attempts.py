@@ -183,6 +183,9 @@ async def test_events_are_followed_and_show_where_the_job_is(registry: AsyncClie
     shown = (await registry.jobs.get(job)).progress
     assert (shown.step, shown.steps, shown.loss) == (20, 50, 1.0)
     assert (shown.metric, shown.value, shown.group) == ("accuracy", 0.5, ["default/mnli:1"])
+    assert shown.group_changes == 0
+    # 10 steps in the 3 ticks of a second between the two, in batches of 32.
+    assert (shown.samples_per_second, shown.eta) == pytest.approx((320 / 3, 9.0))
     page = await registry.jobs.events(job, limit=4)
     assert [found.type for found in page.items] == ["state", "state", "phase", "progress"]
     rest = await registry.jobs.events(job, page.next_after)

@@ -13,11 +13,11 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def settings(self, settings: Settings) -> Settings:
+def settings(settings: Settings) -> Settings:
     return settings.model_copy(update={"jobs_per_owner": 2})
 
 
-async def test_an_owner_has_so_many_running_jobs(self, registry: AsyncClient, queue_tables: QueueTables):
+async def test_an_owner_has_so_many_running_jobs(registry: AsyncClient, queue_tables: QueueTables):
     jobs = [await tune(registry, f"v{i}") for i in range(5)]
     workers = []
     for job in jobs[:2]:
@@ -40,7 +40,7 @@ async def test_an_owner_has_so_many_running_jobs(self, registry: AsyncClient, qu
 
 
 async def test_the_first_of_those_that_wait_is_the_one_of_highest_priority(
-    self, registry: AsyncClient, queue_tables: QueueTables
+    registry: AsyncClient, queue_tables: QueueTables
 ):
     running = [await Worker.takes(registry, await tune(registry, f"v{i}")) for i in range(2)]
     low, high = await tune(registry, "low"), await tune(registry, "high", priority=3)
@@ -51,7 +51,7 @@ async def test_the_first_of_those_that_wait_is_the_one_of_highest_priority(
     assert [(await job.refresh()).reason for job in (low, high)] == ["waiting", None]
 
 
-async def test_a_cancelled_job_makes_room(self, registry: AsyncClient):
+async def test_a_cancelled_job_makes_room(registry: AsyncClient):
     running = [await tune(registry, f"v{i}") for i in range(2)]
     for job in running:
         await Worker.takes(registry, job)
@@ -62,7 +62,7 @@ async def test_a_cancelled_job_makes_room(self, registry: AsyncClient):
     assert (await Worker.takes(registry, waiting)).number == 1
 
 
-async def test_a_lost_worker_makes_room(self, registry: AsyncClient, settings: Settings, queue_tables: QueueTables):
+async def test_a_lost_worker_makes_room(registry: AsyncClient, settings: Settings, queue_tables: QueueTables):
     running = [await tune(registry, f"v{i}") for i in range(2)]
     for job in running:
         queue_tables.take(silent_for=31)
@@ -75,7 +75,7 @@ async def test_a_lost_worker_makes_room(self, registry: AsyncClient, settings: S
 
 
 async def test_nothing_waits_for_a_limit_that_is_gone(
-    self, registry: AsyncClient, settings: Settings, queue_tables: QueueTables
+    registry: AsyncClient, settings: Settings, queue_tables: QueueTables
 ):
     for i in range(2):
         await Worker.takes(registry, await tune(registry, f"v{i}"))

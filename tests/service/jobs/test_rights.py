@@ -28,6 +28,7 @@ def settings(settings: Settings) -> Settings:
         ("GET", JOB, ANYBODY),
         ("GET", f"{JOB}/events", ANYBODY),
         ("GET", f"{JOB}/artifact", ANYBODY),
+        ("GET", f"{JOB}/logs", ANYBODY),
         ("GET", f"{JOB}/attempts/1/staged/sha256:0", ANYBODY),
         ("POST", "/api/v1/jobs", WRITERS),
         ("POST", f"{JOB}/cancel", WRITERS),

@@ -100,10 +100,11 @@ class AsyncJobs:
         queue: str | None = None,
         priority: int | None = None,
         min_memory: int | str | None = None,
+        needs: Sequence[JobLike] | None = None,
         **options: Any,
     ) -> AsyncJob:
         """Has a worker draw an initialization from the base model; `options` are those of the method `initialize`."""
-        members = _base.given(output=output, queue=queue, priority=priority, min_memory=min_memory)
+        members = _base.given(output=output, queue=queue, priority=priority, min_memory=min_memory, needs=_ids(needs))
         model = _base.base_model(base_model, revision, unpinned)
         return await self.submit(
             _base.message(wire.JobCreate, method="initialize", base_model=model, seed=seed, options=options, **members)
@@ -127,6 +128,7 @@ class AsyncJobs:
         queue: str | None = None,
         priority: int | None = None,
         min_memory: int | str | None = None,
+        needs: Sequence[JobLike] | None = None,
         **options: Any,
     ) -> AsyncJob:
         """Tunes on a data set, or on several together; a vector is registered as the next version of `output`.
@@ -146,6 +148,7 @@ class AsyncJobs:
             queue=queue,
             priority=priority,
             min_memory=min_memory,
+            needs=_ids(needs),
         )
         return await self.submit(
             _base.message(
@@ -170,6 +173,7 @@ class AsyncJobs:
         datasets: Sequence[DatasetLike] | None = None,
         preset: str | None = None,
         target_options: Mapping[str, Any] | None = None,
+        prepare: Mapping[str, DatasetLike] | None = None,
         initialization: InitializationLike | None = None,
         reference_pool: Candidates = None,
         shots: int | None = None,
@@ -181,13 +185,15 @@ class AsyncJobs:
         queue: str | None = None,
         priority: int | None = None,
         min_memory: int | str | None = None,
+        needs: Sequence[JobLike] | None = None,
         **options: Any,
     ) -> AsyncJob:
         """Tunes on a data set with the help of source vectors; a vector is the next version of `output`.
 
         A method that starts from the target's own vector takes `target`; when that has no version yet, its own prompt
-        tuning (with `target_options`) is submitted first and this job waits for it. `datasets` are further ones: they
-        are trained together with `dataset`, or belong to the sources, in their order, as the method says. `options` are
+        tuning (with `target_options`) is submitted first and this job waits for it; likewise for sources that have none
+        and that `prepare` names, with the data set of each: `prepare={"mnli": "mnli"}`. `datasets` are further ones:
+        they are trained with `dataset`, or belong to the sources, in their order, as the method says. `options` are
         the method's own (`tpv.methods`); a `preset` gives those that are left out. `reference_pool` is for
         `center=True`: the vectors, or a Filter of them, whose mean is subtracted.
         """
@@ -198,6 +204,7 @@ class AsyncJobs:
             preset=preset,
             reference_pool=pool_of(reference_pool),
             target_options=target_options,
+            prepare={name: _paths.reference_of(data) for name, data in prepare.items()} if prepare else None,
             initialization=None if initialization is None else _paths.reference_of(initialization),
             shots=shots,
             shot_seed=shot_seed,
@@ -207,6 +214,7 @@ class AsyncJobs:
             queue=queue,
             priority=priority,
             min_memory=min_memory,
+            needs=_ids(needs),
         )
         return await self.submit(
             _base.message(
@@ -387,6 +395,10 @@ class AsyncJobs:
 def _references(datasets: Sequence[DatasetLike] | None) -> list[str] | None:
     """None when there are none: the wire has no empty list of data sets."""
     return [_paths.reference_of(dataset) for dataset in datasets or ()] or None
+
+
+def _ids(jobs: Sequence[JobLike] | None) -> list[str] | None:
+    return [str(_paths.job_id(job)) for job in jobs] if jobs else None
 
 
 def _attempt(job: JobLike, attempt: int, what: str) -> str:

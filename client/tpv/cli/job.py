@@ -47,6 +47,14 @@ ShotsOption = Annotated[int | None, typer.Option(min=1, help="Training rows of a
 ShotSeedOption = Annotated[int | None, typer.Option(help="Seed of the few-shot sample.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the training.")]
 TaskTypeOption = Annotated[str | None, typer.Option(help="Task type of the result, such as nli.")]
+QueueOption = Annotated[str | None, typer.Option(help="Queue that a worker takes it from; default: default.")]
+PriorityOption = Annotated[int | None, typer.Option(min=-1000, max=1000, help="The highest goes first; default 0.")]
+MemoryOption = Annotated[
+    str | None, typer.Option(help="Start only on a device with as much memory: bytes, 24GB or 24GiB.")
+]
+NeedsOption = Annotated[
+    list[str] | None, typer.Option("--needs", metavar="JOB", help="Start when this job has succeeded; repeatable.")
+]
 WaitOption = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end; Ctrl-C leaves the job running.")]
 
 
@@ -66,6 +74,10 @@ def tune(
     task_type: TaskTypeOption = None,
     description: Description = None,
     tags: TagPairs = None,
+    queue: QueueOption = None,
+    priority: PriorityOption = None,
+    min_memory: MemoryOption = None,
+    needs: NeedsOption = None,
     wait: WaitOption = True,
     as_json: Json = False,
 ) -> None:
@@ -85,6 +97,10 @@ def tune(
             task_type=task_type,
             description=description,
             tags=pairs(tags, option="--tag") or None,
+            queue=queue,
+            priority=priority,
+            min_memory=min_memory,
+            needs=needs,
             **_free(given),
         )
         _end(client, job, wait, Output(as_json))
@@ -116,6 +132,12 @@ def transfer(
         list[str] | None,
         typer.Option("--target-option", metavar="KEY=VALUE", help="An option of the target's own tuning; repeatable."),
     ] = None,
+    prepare: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prepare", metavar="SOURCE=DATASET", help="Tune this source first if it has no version; repeatable."
+        ),
+    ] = None,
     reference_pool: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,6 +150,10 @@ def transfer(
     task_type: TaskTypeOption = None,
     description: Description = None,
     tags: TagPairs = None,
+    queue: QueueOption = None,
+    priority: PriorityOption = None,
+    min_memory: MemoryOption = None,
+    needs: NeedsOption = None,
     wait: WaitOption = True,
     as_json: Json = False,
 ) -> None:
@@ -144,6 +170,7 @@ def transfer(
             preset=preset,
             reference_pool=reference_pool,
             target_options=values(target_options, option="--target-option") or None,
+            prepare=pairs(prepare, option="--prepare") or None,
             initialization=initialization,
             shots=shots,
             shot_seed=shot_seed,
@@ -151,6 +178,10 @@ def transfer(
             task_type=task_type,
             description=description,
             tags=pairs(tags, option="--tag") or None,
+            queue=queue,
+            priority=priority,
+            min_memory=min_memory,
+            needs=needs,
             **_free(given),
         )
         _end(client, job, wait, Output(as_json))
@@ -373,7 +404,7 @@ def _members(job: Job) -> dict[str, Any]:
         "preset": spec.preset,
         "options": spec.options,
         "centre": f"mean of {spec.center.size} vectors: {spec.center.rule}" if spec.center else None,
-        "needs": job.needs,
+        "needs": [f"{n.id} {n.method} {plain(n.output)} {n.state}" for n in job.needed],
         "attempts": [f"{a.number} {a.state} on {a.worker}: {a.message or '-'}" for a in job.attempts],
         "by": job.actor,
         "submitted": job.created_at,

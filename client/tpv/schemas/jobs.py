@@ -54,6 +54,13 @@ class JobCreate(Request):
     target: str | None = None
     target_options: dict[str, Any] | None = None
     sources: list[str] | None = Field(None, min_length=1, max_length=1000)
+    prepare: dict[str, str] | None = Field(
+        None,
+        max_length=1000,
+        description="Sources that have no version yet, and the data set that each is tuned on first, with "
+        "`target_options` and all its rows; this job waits for them.",
+    )
+    needs: list[UUID] | None = Field(None, max_length=1000, description="Jobs that must succeed first.")
     preset: str | None = Field(
         None, description="Options of a paper for the model's family (`tpv.presets`); what `options` say comes first."
     )
@@ -129,6 +136,9 @@ class JobSpec(Answer):
     target: ResolvedVector | None = None  #: None until the target's own job has ended
     target_name: str | None = None  #: None: a method that starts from no vector of the target's
     sources: list[ResolvedVector] = Field(default_factory=list)
+    unmade_sources: dict[str, int] = Field(
+        default_factory=dict
+    )  #: names and places of those that other jobs make first
     center: Center | None = None  #: with the option `center`
     shots: int | None = None
     shot_seed: int = 0
@@ -170,6 +180,17 @@ class Artifact(Answer):
     size: int  #: bytes
 
 
+class NeededJob(Answer):
+    """A job that another one waits for."""
+
+    id: UUID
+    method: str
+    output: str | None
+    state: State
+    reason: str | None
+    message: str | None
+
+
 class Job(Answer):
     id: UUID
     method: str
@@ -179,6 +200,7 @@ class Job(Answer):
     spec: JobSpec
     output: str | None
     needs: list[UUID]  #: jobs that must succeed first
+    needed: list[NeededJob] = Field(default_factory=list)  #: the same, and how they stand
     queue: str
     priority: int
     min_memory: int | None = None  #: bytes, of the worker's device

@@ -14,15 +14,25 @@ from tpv_service.queue import Queue
 
 
 async def cancel_job(session: AsyncSession, queue: Queue, job_id: UUID, actor: str) -> JobRow:
-    """Ends the job at once; its worker is told to stop, and what it still reports is refused."""
+    """Ends the job at once; its worker is told to stop, and what it still reports is refused.
+
+    With it go the jobs that were submitted for it and that no other one needs.
+    """
+    prepared = await queries.lock_prepared(session, job_id)
     job = await queries.lock_job(session, job_id)
     if job.state != "cancelled":
         if has_ended(job):
             raise JobFinished(f"job {job_id} is {job.state} already; only a queued or running job can be cancelled")
-        if job.queue_id is not None:
-            await queue.cancel(session, job.queue_id)
-        message = f"cancelled by {actor}"
-        await end_attempt(session, job, "superseded", "cancelled", message)
-        await finish(session, queue, job, "cancelled", "cancelled", message)
-        await session.flush()
+        await _cancel(session, queue, job, f"cancelled by {actor}")
+        for needed in prepared:
+            if not await queries.is_needed(session, needed.id):
+                await _cancel(session, queue, needed, f"cancelled with job {job_id}, which alone needed it")
     return await queries.job_by_id(session, job_id)
+
+
+async def _cancel(session: AsyncSession, queue: Queue, job: JobRow, message: str) -> None:
+    if job.queue_id is not None:
+        await queue.cancel(session, job.queue_id)
+    await end_attempt(session, job, "superseded", "cancelled", message)
+    await finish(session, queue, job, "cancelled", "cancelled", message)
+    await session.flush()

@@ -135,12 +135,24 @@ def show(
 
 async def _release(session: AsyncSession, queue: Queue, job: JobRow, ended: JobRow) -> None:
     """Gives a waiting job what the ended one made; the last one it needs puts it in the queue."""
-    spec = JobSpec.model_validate(job.spec)
-    if spec.target is None and spec.target_name == ended.spec["output"]:
-        spec.target = resolved_vector(await resolve_version(session, str(ended.result_version_id)))
-        job.spec = spec.model_dump(mode="json")
+    await take_result(session, job, ended)
     if job.queue_id is None and not await queries.waits(session, job.id):
         await enqueue(session, queue, job)
+
+
+async def take_result(session: AsyncSession, job: JobRow, ended: JobRow) -> None:
+    """Gives a job the vector that one that it needs has made, if it waits for that; a second time changes nothing."""
+    spec, made = JobSpec.model_validate(job.spec), ended.spec["output"]
+    is_target = spec.target is None and spec.target_name == made
+    if not is_target and made not in spec.unmade_sources:
+        return
+    vector = resolved_vector(await resolve_version(session, str(ended.result_version_id)))
+    if is_target:
+        spec.target = vector
+    else:  # at the place that it was named at: those before it that are not made yet come later
+        place = spec.unmade_sources.pop(made)
+        spec.sources.insert(place - sum(other < place for other in spec.unmade_sources.values()), vector)
+    job.spec = spec.model_dump(mode="json")
 
 
 def resolved_vector(row: VersionRow) -> ResolvedVector:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
@@ -33,7 +33,7 @@ def full_job() -> Select[JobRow]:
         select(JobRow)
         .options(
             selectinload(JobRow.attempts),
-            selectinload(JobRow.needs),
+            selectinload(JobRow.needs).joinedload(NeedRow.needed),
             selectinload(JobRow.evaluations),
             joinedload(JobRow.result_version).joinedload(VersionRow.vector),
         )
@@ -75,6 +75,11 @@ async def lock_needs(session: AsyncSession, job: UUID) -> Sequence[JobRow]:
         .execution_options(populate_existing=True)
     )
     return (await session.scalars(statement)).all()
+
+
+async def needs_of(session: AsyncSession, job: UUID) -> Sequence[NeedRow]:
+    statement = select(NeedRow).where(NeedRow.job_id == job).options(joinedload(NeedRow.needed))
+    return (await session.scalars(statement.order_by(NeedRow.needs_id))).all()
 
 
 async def waits(session: AsyncSession, job: UUID, states: Sequence[str] = ("queued", "running", *LOST)) -> bool:
@@ -123,10 +128,32 @@ def worker_is_there() -> ColumnElement[bool]:
     return and_(WorkerRow.state == "ready", WorkerRow.last_seen > func.now() - WORKER_SILENCE)
 
 
-async def lock_live_job(session: AsyncSession, spec: dict[str, Any]) -> JobRow | None:
-    """A job that has not ended, and does not end before this transaction, and gives what this specification gives."""
-    statement = full_job().where(JobRow.state.in_(LIVE), JobRow.spec == spec).order_by(JobRow.id).limit(1)
-    return (await session.scalars(statement.with_for_update(of=JobRow))).first()
+async def live_job_like(session: AsyncSession, spec: dict[str, Any]) -> UUID | None:
+    """A job that gives what this specification gives and has not ended; it may end any time, unless it is locked."""
+    statement = select(JobRow.id).where(JobRow.state.in_(LIVE), JobRow.spec == spec).order_by(JobRow.id).limit(1)
+    return await session.scalar(statement)
+
+
+async def lock_jobs(session: AsyncSession, jobs: Iterable[UUID]) -> dict[UUID, JobRow]:
+    """Those of the jobs that there are, locked in one order by everybody."""
+    statement = select(JobRow).where(JobRow.id.in_([*jobs])).order_by(JobRow.id).with_for_update()
+    rows = await session.scalars(statement.execution_options(populate_existing=True))
+    return {row.id: row for row in rows}
+
+
+async def lock_prepared(session: AsyncSession, job: UUID) -> Sequence[JobRow]:
+    """The jobs that were submitted for this one, or for others too, and have not ended; before the job is locked."""
+    return [row for row in await lock_needs(session, job) if row.prepares and row.state in LIVE]
+
+
+async def is_needed(session: AsyncSession, job: UUID) -> bool:
+    """Whether a job that has not ended needs this one."""
+    dependents = (
+        select(NeedRow.job_id)
+        .join(JobRow, JobRow.id == NeedRow.job_id)
+        .where(NeedRow.needs_id == job, JobRow.state.in_(LIVE))
+    )
+    return bool(await session.scalar(select(exists(dependents))))
 
 
 async def current_attempt(session: AsyncSession, job: JobRow) -> AttemptRow | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tpv.errors import Conflict
 from tpv_service.jobs import queries
-from tpv_service.jobs.lifecycle import enqueue, wait
+from tpv_service.jobs.lifecycle import enqueue, take_result, wait
 from tpv_service.jobs.tables import JobRow
 from tpv_service.queue import Queue
 
@@ -29,6 +30,7 @@ async def retry_job(session: AsyncSession, queue: Queue, job_id: UUID, actor: st
             needs=[str(need.id) for need in lost],
         )
     job.lost, job.progress, job.finished_at = 0, {}, None
+    await _take_results(session, job, needs)
     if fresh:
         await queries.drop_checkpoints(session, job.id)
     if waits_for := [str(need.id) for need in needs if need.state != "succeeded"]:
@@ -40,10 +42,18 @@ async def retry_job(session: AsyncSession, queue: Queue, job_id: UUID, actor: st
     return await queries.job_by_id(session, job_id)
 
 
+async def _take_results(session: AsyncSession, job: JobRow, needs: Sequence[JobRow]) -> None:
+    """What came of them while this job had ended."""
+    for need in needs:
+        if need.state == "succeeded":
+            await take_result(session, job, need)
+
+
 async def _revive_dependents(session: AsyncSession, job: JobRow) -> None:
     await session.flush()
     for dependent in await queries.lock_dependents(session, job.id, "failed"):
         if dependent.reason == "dependency" and not await queries.waits(session, dependent.id, queries.LOST):
             dependent.finished_at = None
+            await _take_results(session, dependent, [n.needed for n in await queries.needs_of(session, dependent.id)])
             wait(session, dependent, f"waits for job {job.id}, which is tried again")
             await _revive_dependents(session, dependent)

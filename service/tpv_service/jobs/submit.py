@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 from fastapi import Request
@@ -30,7 +31,7 @@ from tpv.schemas.jobs import Center, JobCreate, JobSpec, ResolvedDataset, Resolv
 from tpv.schemas.similarity import Pool
 from tpv_service.datasets.queries import resolve_dataset
 from tpv_service.jobs import queries
-from tpv_service.jobs.lifecycle import enqueue, resolved_vector, show
+from tpv_service.jobs.lifecycle import enqueue, resolved_vector, wait
 from tpv_service.jobs.tables import JobRow, NeedRow
 from tpv_service.queue import Queue
 from tpv_service.registry.compatibility import check_same_initialization, label
@@ -39,11 +40,11 @@ from tpv_service.registry.tables import BaseModelRow, InitializationRow, Version
 from tpv_service.search.queries import Query, choose
 from tpv_service.search.scores import center_of
 
-_COMMON = frozenset({"method", "options", "seed", "queue", "priority", "min_memory", "description", "tags"})
+_COMMON = frozenset({"method", "options", "seed", "queue", "priority", "min_memory", "needs", "description", "tags"})
 
 
-async def resolve_job(http: Request, session: AsyncSession, request: JobCreate) -> tuple[JobSpec, JobSpec | None]:
-    """What the job is to do, all references resolved, and what has to be done first: the target's own prompt tuning.
+async def resolve_job(http: Request, session: AsyncSession, request: JobCreate) -> tuple[JobSpec, list[JobSpec]]:
+    """What the job is to do, all references resolved, and what has to be done first: tunings of target and sources.
 
     Refuses what would fail later. Reads alone, and gives the connection back where it waits, so it comes before the
     first write of a transaction.
@@ -51,14 +52,15 @@ async def resolve_job(http: Request, session: AsyncSession, request: JobCreate) 
     method = _method(request.method)
     _check_members(method, request)
     if method.result == "initialization":
-        return _initialize_spec(request, _options(method, request.options)), None
+        return _initialize_spec(request, _options(method, request.options)), []
 
-    sources = await resolve_versions(session, request.sources) if request.sources else []
+    sources = await _sources(session, request)
+    found_sources = [source for source in sources if isinstance(source, VersionRow)]
     target = await _target(session, request.target) if request.target else None
     version = target if isinstance(target, VersionRow) else None
     target_name = _name_of(target) if target else None
     _check_sources(sources, target_name)
-    initialization = await _initialization(session, request, [*sources, *([version] if version else [])])
+    initialization = await _initialization(session, request, [*found_sources, *([version] if version else [])])
 
     dataset, rows = await _dataset(session, str(request.dataset), request.shots)
     together = method.datasets == "together"
@@ -70,12 +72,18 @@ async def resolve_job(http: Request, session: AsyncSession, request: JobCreate) 
     if output is not None:
         if output.path == target_name:
             raise Invalid(f"the result needs a name of its own: {target_name} is the target's; set `output` to another")
-        await _check_output(session, output, tasks_of(method, dataset, further), request)
+        await _check_output(session, output, tasks_of(method, dataset, further), request.task_type)
     if isinstance(target, Reference):
-        await _check_output(session, target, [task_of(dataset)], request)
+        await _check_output(session, target, [task_of(dataset)], request.task_type)
+    unmade = {source.path: at for at, source in enumerate(sources) if isinstance(source, Reference)}
+    prepared = {path: await _dataset(session, _prepare(request)[path], None) for path in unmade}
+    for path, (of_source, _) in prepared.items():
+        await _check_output(session, Reference.parse(path), [task_of(of_source)], None)
 
     model = initialization.base_model
-    preset = _preset(request, method, model, rows + (sum(more for _, more in found) if together else 0))
+    few_shot = request.shots is not None
+    all_rows = rows + (sum(more for _, more in found) if together else 0)
+    preset = _preset(request, method, model, all_rows, few_shot)
     options = _options(method, preset | request.options)
     if request.reference_pool is not None and not options["center"]:
         raise Invalid("reference_pool belongs to the option `center`, which is off")
@@ -103,29 +111,54 @@ async def resolve_job(http: Request, session: AsyncSession, request: JobCreate) 
         datasets=further,
         target=resolved_vector(version) if version else None,
         target_name=target_name,
-        sources=[resolved_vector(source) for source in sources],
+        sources=[resolved_vector(source) for source in found_sources],
+        unmade_sources=unmade,
         center=await _center(http, session, query, request.reference_pool) if options.get("center") else None,
     )
-    if not isinstance(target, Reference):
-        return spec, None
-    tuning = METHODS["prompt-tuning"]
-    target_options = _preset(request, tuning, model, rows) | (request.target_options or {})
-    return spec, _tuning_of_target(spec, tuning, _options(tuning, target_options, "target_options"))
+    tuning, first = METHODS["prompt-tuning"], []
+    if isinstance(target, Reference):
+        given = _preset(request, tuning, model, rows, few_shot) | (request.target_options or {})
+        first.append(_tuning(spec, _options(tuning, given, "target_options"), target.path, dataset))
+    for path, (of_source, count) in prepared.items():  # of all rows: the shots are the target's
+        given = _preset(request, tuning, model, count, few_shot=False) | (request.target_options or {})
+        own = _tuning(spec, _options(tuning, given, "target_options"), path, of_source)
+        first.append(own.model_copy(update={"shots": None, "shot_seed": 0, "task_type": None}))
+    return spec, first
 
 
 async def submit_job(
-    session: AsyncSession, queue: Queue, request: JobCreate, spec: JobSpec, first: JobSpec | None, actor: str
+    session: AsyncSession, queue: Queue, request: JobCreate, spec: JobSpec, first: Sequence[JobSpec], actor: str
 ) -> JobRow:
-    """Makes the resolved job, and the one that it needs first; one like that which is on its way already is shared."""
-    if first is None:
-        return await _create(session, queue, request, actor, spec)
-    shared = await queries.lock_live_job(session, first.model_dump(mode="json"))
-    needed = shared or await _create(session, queue, request, actor, first)
-    return await _create(session, queue, request, actor, spec, needs=needed)
+    """Makes the resolved job, and those that it needs first; one like these that is on its way already is shared."""
+    like = [await queries.live_job_like(session, tuning.model_dump(mode="json")) for tuning in first]
+    locked = await queries.lock_jobs(session, {*(request.needs or ()), *(shared for shared in like if shared)})
+    needs = [_checked_need(locked.get(need), need) for need in dict.fromkeys(request.needs or ())]
+    for tuning, shared in zip(first, like, strict=True):
+        found = locked.get(shared) if shared else None
+        if found is None or found.state not in queries.LIVE:  # there is none, or it has just ended
+            found = await _create(session, queue, request, actor, tuning, prepares=True)
+        if found not in needs:
+            needs.append(found)
+    return await _create(session, queue, request, actor, spec, needs=needs)
+
+
+def _checked_need(job: JobRow | None, asked: UUID) -> JobRow:
+    if job is None:
+        raise NotFound(f"there is no job {asked}, which `needs` names; see: tpv job list", reference=str(asked))
+    if job.state in queries.LOST:
+        raise Conflict(f"job {job.id}, which `needs` names, is {job.state}; retry it first: tpv job retry {job.id}")
+    return job
 
 
 async def _create(
-    session: AsyncSession, queue: Queue, request: JobCreate, actor: str, spec: JobSpec, *, needs: JobRow | None = None
+    session: AsyncSession,
+    queue: Queue,
+    request: JobCreate,
+    actor: str,
+    spec: JobSpec,
+    *,
+    needs: Sequence[JobRow] = (),
+    prepares: bool = False,
 ) -> JobRow:
     output = Reference.parse(spec.output) if spec.output else None
     job = JobRow(
@@ -136,6 +169,7 @@ async def _create(
         queue=request.queue,
         priority=request.priority,
         min_memory=request.min_memory,
+        prepares=prepares,
         attempt=0,
         lost=0,
         progress={},
@@ -145,11 +179,11 @@ async def _create(
     )
     session.add(job)
     await session.flush()
-    if needs is None:
-        await enqueue(session, queue, job)
+    session.add_all(NeedRow(job_id=job.id, needs_id=need.id) for need in needs)
+    if waits_for := [str(need.id) for need in needs if need.state != "succeeded"]:
+        wait(session, job, f"waits for job {', '.join(waits_for)}")
     else:
-        session.add(NeedRow(job_id=job.id, needs_id=needs.id))
-        show(session, job, "queued", "waiting", f"waits for job {needs.id}, which tunes {spec.target_name}")
+        await enqueue(session, queue, job)
     await session.flush()
     return await queries.job_by_id(session, job.id)
 
@@ -168,15 +202,19 @@ def _initialize_spec(request: JobCreate, options: dict[str, Any]) -> JobSpec:
     return _spec(request, model, options, _output(request.output) if request.output else None)
 
 
-def _tuning_of_target(transfer: JobSpec, method: Method, options: dict[str, Any]) -> JobSpec:
-    """The prompt tuning that makes the target's own vector."""
+def _tuning(transfer: JobSpec, options: dict[str, Any], output: str, dataset: ResolvedDataset) -> JobSpec:
+    """The prompt tuning that makes a vector which the transfer needs: the target's own, or a source."""
     return transfer.model_copy(
         update={
-            "method": method.name,
+            "method": "prompt-tuning",
             "options": options,
-            "output": transfer.target_name,
+            "output": output,
+            "dataset": dataset,
+            "datasets": [],
+            "target": None,
             "target_name": None,
             "sources": [],
+            "unmade_sources": {},
             "center": None,
             "description": None,
             "tags": {},
@@ -243,8 +281,11 @@ def _check_members(method: Method, request: JobCreate) -> None:
         if method.result == "vector":
             needed.add("output")
             optional.add("task_type")
+        if method.sources:
+            optional.add("prepare")
         if method.target:
             needed.add("target")
+        if method.target or request.prepare:
             optional.add("target_options")
         if method.datasets == "together" and method.sources:
             optional.add("datasets")
@@ -277,11 +318,10 @@ def _options(method: Method, values: Mapping[str, Any], member: str = "options")
         ) from error
 
 
-def _preset(request: JobCreate, method: Method, model: BaseModelRow, rows: int) -> dict[str, Any]:
+def _preset(request: JobCreate, method: Method, model: BaseModelRow, rows: int, few_shot: bool) -> dict[str, Any]:
     """What the preset says of the method, for a training on so many rows."""
     if request.preset is None:
         return {}
-    few_shot = request.shots is not None
     try:
         return preset_options(
             request.preset, method.name, model.architecture, model.token_dim, train_rows=rows, few_shot=few_shot
@@ -308,15 +348,36 @@ async def _target(session: AsyncSession, text: str) -> VersionRow | Reference:
         return reference
 
 
+def _prepare(request: JobCreate) -> dict[str, str]:
+    """The data sets that missing sources are tuned on, by the full names of these."""
+    return {Reference.parse(name).path: dataset for name, dataset in (request.prepare or {}).items()}
+
+
+async def _sources(session: AsyncSession, request: JobCreate) -> list[VersionRow | Reference]:
+    """The sources' versions; of those that `prepare` names and that have none yet, the names."""
+    asked, prepare = request.sources or [], _prepare(request)
+    names = {text: Reference.parse(text) for text in asked}
+    if unknown := sorted(prepare.keys() - {name.path for name in names.values() if name.name}):
+        raise Invalid(f"`prepare` names {', '.join(unknown)}, which is no source of this job")
+    missing = {
+        text: name
+        for text, name in names.items()
+        if name.name and name.path in prepare and isinstance(await _target(session, text), Reference)
+    }
+    found = await resolve_versions(session, [text for text in asked if text not in missing]) if asked else []
+    versions = iter(found)
+    return [missing.get(text) or next(versions) for text in asked]
+
+
 def _name_of(target: VersionRow | Reference) -> str:
     return target.path if isinstance(target, Reference) else f"{target.vector.namespace}/{target.vector.name}"
 
 
-def _check_sources(sources: Sequence[VersionRow], target_name: str | None) -> None:
+def _check_sources(sources: Sequence[VersionRow | Reference], target_name: str | None) -> None:
     for source in sources:
         if _name_of(source) == target_name:
             raise Invalid(f"{target_name} is the target; it cannot be a source of itself too")
-    references = [resolved_vector(source).reference for source in sources]
+    references = [s.path if isinstance(s, Reference) else resolved_vector(s).reference for s in sources]
     if twice := sorted({reference for reference in references if references.count(reference) > 1}):
         raise Invalid(f"a source is named twice: {', '.join(twice)}")
 
@@ -329,7 +390,8 @@ async def _initialization(
     if versions:
         check_same_initialization(versions)
     common = versions[0].initialization if versions else asked
-    assert common is not None  # _check_members
+    if common is None:  # no source is there yet, and without sources _check_members asks for it
+        raise Invalid("none of the vectors is there yet: name the `initialization` that they are tuned from")
     if asked is not None and asked.id != common.id:
         raise IncompatibleVectors(
             f"the sources' initialization is {label(common)}, the one asked for {label(asked)}",
@@ -353,7 +415,10 @@ async def _dataset(session: AsyncSession, reference: str, shots: int | None) -> 
 
 
 def _check_datasets(
-    method: Method, dataset: ResolvedDataset, further: Sequence[ResolvedDataset], sources: Sequence[VersionRow]
+    method: Method,
+    dataset: ResolvedDataset,
+    further: Sequence[ResolvedDataset],
+    sources: Sequence[VersionRow | Reference],
 ) -> None:
     if method.datasets == "sources" and len(further) != len(sources):
         raise Invalid(
@@ -365,7 +430,7 @@ def _check_datasets(
         raise Invalid(f"a data set is named twice: {', '.join(twice)}")
 
 
-async def _check_output(session: AsyncSession, output: Reference, tasks: list[str], request: JobCreate) -> None:
+async def _check_output(session: AsyncSession, output: Reference, tasks: list[str], task_type: str | None) -> None:
     """Refuses at once what would be refused after hours of training: a name that cannot take the result."""
     try:
         vector = await vector_by_name(session, output.namespace, str(output.name), deleted=True)
@@ -379,10 +444,10 @@ async def _check_output(session: AsyncSession, output: Reference, tasks: list[st
             "use another name for the result",
             differences={"task": [vector.tasks, tasks]},
         )
-    if request.task_type and request.task_type != vector.task_type:
+    if task_type and task_type != vector.task_type:
         raise Conflict(
-            f"{output.path} is of task type {vector.task_type}, not {request.task_type}; use another name",
-            differences={"task_type": [vector.task_type, request.task_type]},
+            f"{output.path} is of task type {vector.task_type}, not {task_type}; use another name",
+            differences={"task_type": [vector.task_type, task_type]},
         )
 
 

@@ -34,6 +34,7 @@ class JobRow(Table):
     output_name: Mapped[str | None]
     queue: Mapped[str]
     priority: Mapped[int]
+    prepares: Mapped[bool]  #: submitted for jobs that need it; cancelled with the last of these
     min_memory: Mapped[int | None] = mapped_column(BigInteger)  #: bytes, of the worker's device
     queue_id: Mapped[int | None] = mapped_column(BigInteger)  #: of the queue's own job; None until it is deferred
     attempt: Mapped[int]  #: number of the current attempt, 0 before the first
@@ -51,8 +52,14 @@ class JobRow(Table):
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
+    @property
+    def output(self) -> str | None:
+        return f"{self.output_namespace}/{self.output_name}" if self.output_name else None
+
     attempts: Mapped[list[AttemptRow]] = relationship(lazy="raise", order_by="AttemptRow.number")
-    needs: Mapped[list[NeedRow]] = relationship(lazy="raise", foreign_keys="NeedRow.job_id")
+    needs: Mapped[list[NeedRow]] = relationship(
+        lazy="raise", foreign_keys="NeedRow.job_id", order_by="NeedRow.needs_id"
+    )
     result_version: Mapped[VersionRow | None] = relationship(lazy="raise", foreign_keys=result_version_id)
     evaluations: Mapped[list[EvaluationRow]] = relationship(lazy="raise", order_by="EvaluationRow.id")
 
@@ -65,6 +72,8 @@ class NeedRow(Table):
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey(JobRow.id), primary_key=True)
     needs_id: Mapped[UUID] = mapped_column(ForeignKey(JobRow.id), primary_key=True)
+
+    needed: Mapped[JobRow] = relationship(lazy="raise", foreign_keys=needs_id)
 
 
 class AttemptRow(Table):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpv.schemas.jobs import Artifact, Attempt, Job, JobSpec, Progress
+from tpv.schemas.jobs import Artifact, Attempt, Job, JobSpec, NeededJob, Progress
 from tpv.schemas.vectors import Evaluation
 from tpv_service.jobs.tables import JobRow
 from tpv_service.registry.views import version_reference
@@ -21,8 +21,9 @@ def job_view(row: JobRow) -> Job:
         reason=row.reason,
         message=row.message,
         spec=JobSpec.model_validate(row.spec),
-        output=f"{row.output_namespace}/{row.output_name}" if row.output_name else None,
+        output=row.output,
         needs=[need.needs_id for need in row.needs],
+        needed=[NeededJob.model_validate(need.needed) for need in row.needs],
         queue=row.queue,
         priority=row.priority,
         min_memory=row.min_memory,

@@ -177,6 +177,30 @@ class QueueTables:
             (True,)
         ]
 
+    def everything(self) -> list[Any]:
+        """All that a change of a job may change."""
+        return [
+            self._ask("select id, state, reason, message, queue_id, attempt, lost from public.jobs order by id"),
+            self._ask("select job_id, number, state, reason from public.attempts order by 1, 2"),
+            self._ask("select job_id, type, data from public.job_events order by id"),
+            self._ask("select job_id, attempt, step from public.checkpoints order by 1, 2, 3"),
+            self._ask("select args, status, abort_requested from procrastinate_jobs order by id"),
+        ]
+
+    def disagreements(self) -> list[Any]:
+        """Jobs of which the service and the queue say different things."""
+        return self._ask(
+            "select jobs.id, jobs.state, jobs.reason, array_agg(entry.status order by entry.id) from public.jobs"
+            " left join procrastinate_jobs entry on entry.args->>'job' = jobs.id::text"
+            "  and (entry.status = 'todo' or entry.status = 'doing' and not entry.abort_requested)"
+            " group by jobs.id having case"
+            "  when jobs.state = 'running' then array_agg(entry.id) <> array[jobs.queue_id] or bool_or(status = 'todo')"
+            "  when jobs.state = 'queued' and jobs.queue_id is not null"
+            "   then not coalesce(jobs.queue_id = any(array_agg(entry.id) filter (where status = 'todo')), false)"
+            "    or count(*) filter (where status = 'todo') <> 1"
+            "  else bool_or(status = 'todo') end"
+        )
+
     def _ask(self, query: LiteralString, *parameters: object) -> list[Any]:
         with psycopg.connect(self.url, autocommit=True, options="-c search_path=procrastinate") as connection:
             return connection.execute(query, parameters).fetchall()

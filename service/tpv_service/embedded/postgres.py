@@ -24,7 +24,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import LiteralString, Self
 from urllib.parse import quote
 
 import psutil
@@ -35,6 +35,13 @@ from tpv_service.embedded.processes import Account, ProcessGroup, last_line, sto
 
 MAJOR = 18
 SYSTEM_USER = "tpv-postgres"  #: runs the database when we are root; PostgreSQL itself refuses to
+
+#: What docker/queue-role.sql grants too.
+WORKER_RIGHTS: tuple[LiteralString, ...] = (
+    "grant usage on schema procrastinate to tpv_worker",
+    "grant select, insert, update, delete on all tables in schema procrastinate to tpv_worker",
+    "grant usage on all sequences in schema procrastinate to tpv_worker",
+)
 
 _PROGRAMS = f"pginstall{MAJOR}"  # the directory of this major in the wheel
 _PORT = 5432  # part of the socket's name; given everywhere, so that PGPORT in the environment changes nothing
@@ -87,6 +94,15 @@ class Postgres:
         except BaseException:
             self.stop()
             raise
+
+    def worker_url(self) -> str:
+        """The same database for a worker: its role sees the queue, once migrations have made that, and nothing else."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            if not connection.execute("select 1 from pg_roles where rolname = 'tpv_worker'").fetchone():
+                connection.execute("create role tpv_worker login")
+            for right in WORKER_RIGHTS:
+                connection.execute(right)
+        return self.url.replace("://tpv@", "://tpv_worker@")
 
     def stop(self) -> None:
         """A clean shutdown that does not wait for clients."""

@@ -93,7 +93,7 @@ def up(data_dir: Path, *, host: str, port: int, workers: int, model_directories:
             "AUTHENTICATION": "false",
         }
         api = _Child("api", ["tpv_service.server", str(listener.fileno())], api_settings, group, [listener.fileno()])
-        worker_settings = {"URL": url, "QUEUE_URL": postgres.url, "GRACE": "PT3S"}  # less than _PATIENCE
+        worker_settings = {"URL": url, "GRACE": "PT3S"}  # less than _PATIENCE
         if model_directories:
             worker_settings["MODEL_DIRECTORIES"] = os.pathsep.join(str(path.resolve()) for path in model_directories)
         fleet = [_Child(f"worker-{n}", ["tpv_worker"], worker_settings, group) for n in range(1, workers + 1)]
@@ -102,6 +102,8 @@ def up(data_dir: Path, *, host: str, port: int, workers: int, model_directories:
         try:
             api.start()
             _wait_until_ready(url, api)
+            for child in fleet:
+                child.env["TPV_QUEUE_URL"] = postgres.worker_url()  # of a role that the API's migrations allow in
             say(f"ready at {url}")
             _supervise(postgres, [api, *fleet], say)  # starts the workers: they are not in the way of getting ready
         finally:

@@ -102,7 +102,8 @@ def train(
     members: tuple[int, ...] | None = None
     group_history: list[tuple[int, tuple[int, ...]]] = []
     validations: list[tuple[int, float]] = []
-    best, best_step, best_value = method.snapshot(), 0, -math.inf
+    best: Snapshot | None = None
+    best_step, best_value = 0, -math.inf
     misses = 0  # validations since the best one
 
     def judge(step: int) -> None:
@@ -176,6 +177,7 @@ def train(
         if last or misses == options.patience:
             break
 
+    assert best is not None  # the last step is judged, if not before
     if method.artifact:
         method.load(best.tensors)
     return TrainingResult(

@@ -65,7 +65,9 @@ class TrainingOptions(Options):
     max_target_tokens: int = Field(16, ge=1, description="Tokens a target may have; a longer one is an error.")
     separator: str = Field("\n", description="Decoder-only models: the text between source and target.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the frozen model; auto: bfloat16 where the device computes it natively, else float32."
+        "auto",
+        description="Of the frozen weights (`full`, which trains them, has float32); auto: bfloat16 where the device "
+        "computes it natively, else float32.",
     )
     compile: bool = Field(False, description="Compile the model (torch.compile): a slow first step, faster later ones.")
 

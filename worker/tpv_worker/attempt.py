@@ -124,7 +124,14 @@ class Attempt:
         """The result, verified, and everything it is made of staged."""
         self.events.phase("loading the model")
         where = locate_model(self.spec.base_model, self.settings.model_directories)
-        backbone = Backbone.load(where, revision=self.spec.base_model.revision, device=self.settings.device)
+        # What P_init is drawn from, and weights that are trained themselves, are not rounded.
+        exact = self.spec.method in ("initialize", "full")
+        backbone = Backbone.load(
+            where,
+            revision=self.spec.base_model.revision,
+            device=self.settings.device,
+            precision="float32" if exact else self.spec.options.get("precision", "auto"),
+        )
         facts = facts_of(backbone, where, self.spec.base_model.revision)
         check_facts(self.spec.base_model, expected=self.spec.base_model_facts, found=facts)
         if self.spec.method == "initialize":

@@ -14,6 +14,7 @@ from torch import Tensor
 from tpv.methods import METHODS
 from tpv_worker import methods
 from tpv_worker.backbone import Backbone
+from tpv_worker.checkpoints import Checkpoints
 from tpv_worker.data import Row, Task
 from tpv_worker.methods import Given, Snapshot, TuningMethod
 
@@ -129,7 +130,7 @@ def test_a_snapshot_does_not_change_with_further_steps(
     name: str, model_paths: dict[str, Path], prompt: Tensor, rows: list[Row]
 ) -> None:
     run = Run(name, model_paths["encoder-decoder"], prompt, rows)
-    run.method.prepare(run.tasks, run.source_tasks, lambda event: None)
+    run.method.prepare(run.tasks, run.source_tasks, lambda event: None, Checkpoints())
     snapshot = run.method.snapshot()
     before = {name: tensor.clone() for name, tensor in tensors_of(snapshot).items()}
     with torch.no_grad():

@@ -210,7 +210,7 @@ def test_bad_data_is_named_before_anything_is_done(
     backbone: Backbone, prompt: Tensor, rows: list[Row], task: dict[str, Any], message: str
 ) -> None:
     class Prepared(PromptTuning):
-        def prepare(self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Any) -> None:
+        def prepare(self, *arguments: Any) -> None:
             pytest.fail("an hour of preparation for nothing")
 
     method = Prepared(PromptTuningOptions(**OPTIONS), Given(backbone=backbone, initialization=prompt))
@@ -299,7 +299,7 @@ def test_several_tasks_are_trained_and_judged_together(backbone: Backbone, promp
 
 def test_no_steps_give_the_method_as_it_was_prepared(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
     class Prepared(PromptTuning):
-        def prepare(self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Any) -> None:
+        def prepare(self, tasks: Sequence[Task], source_tasks: Sequence[Task], *more: Any) -> None:
             with torch.no_grad():
                 self.P += len(tasks) + len(source_tasks)
 

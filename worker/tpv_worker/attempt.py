@@ -40,6 +40,7 @@ from tpv.schemas.jobs import (
 from tpv.vectors import Float32
 from tpv_worker import initialization, lab
 from tpv_worker.backbone import Backbone, Prompt, model_digest
+from tpv_worker.checkpoints import Drained, StoredCheckpoints
 from tpv_worker.data import Dataset, Example, Row, Task, few_shot, read_rows
 from tpv_worker.errors import JobError, ModelError
 from tpv_worker.evaluation import Evaluation, evaluate, majority
@@ -64,6 +65,8 @@ PATIENT = Retries(times=60, longest=10.0)  #: about ten minutes: hours of traini
 def run_attempt(settings: Settings, started: AttemptStarted) -> None:
     """Does the work and reports how it ended; exits with TRY_AGAIN when it cannot report."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the worker, which ends this process when it must
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     threading.Thread(target=_end_with_worker, daemon=True).start()
     disable_progress_bar()  # type: ignore[no-untyped-call]
     if settings.threads:
@@ -73,7 +76,7 @@ def run_attempt(settings: Settings, started: AttemptStarted) -> None:
         events = Events(client, started)
         try:
             try:
-                result = Attempt(client, started, settings, events).run()
+                result = Attempt(client, started, settings, events, stopping).run()
                 events.flush()
                 client.jobs.complete(started.job, started.number, result)
             except (StaleAttempt, JobFinished, ConnectionFailed, Unavailable):
@@ -97,6 +100,8 @@ def failure_of(error: Exception) -> FailureReport:
     match error:
         case JobError():
             reason = cast("Reason", error.reason)
+        case Drained():
+            reason = "drained"
         case MemoryError() | torch.OutOfMemoryError():
             reason = "out-of-memory"
         case ProblemError():  # the registry does not give what the job was promised, or does not take the result
@@ -115,6 +120,7 @@ class Attempt:
     started: AttemptStarted
     settings: Settings
     events: Events
+    stopping: threading.Event  #: set when the worker wants the attempt to end after a step
 
     @property
     def spec(self) -> JobSpec:
@@ -174,6 +180,9 @@ class Attempt:
             if (rows := dataset.splits.get(split))
         ]
 
+        checkpoints = StoredCheckpoints(
+            self.client, self.started, self.events, self.settings.checkpoint_every, self.stopping
+        )
         self.events.phase("tuning")
         result = train(
             backbone,
@@ -183,6 +192,7 @@ class Attempt:
             options=options,
             seed=spec.seed,
             report=self.report_training,
+            checkpoints=checkpoints,
         )
 
         self.events.phase("verifying")

@@ -34,6 +34,9 @@ class Events:
     def log(self, message: str) -> None:
         self.add("log", message=message)
 
+    def warning(self, message: str) -> None:
+        self.add("warning", message=message)
+
     def add(self, type: str, **data: Any) -> None:  # noqa: A002 # the wire's name
         with self._adding:
             # Times grow, whatever is done to the clock: by them the service knows a report that comes a second time.

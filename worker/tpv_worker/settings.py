@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     queues: Annotated[list[str] | None, NoDecode, _split(",")] = None  #: none: every queue
     concurrency: int = Field(1, ge=1)  #: attempts at a time
     device: str = "cpu"
+    checkpoint_every: timedelta = timedelta(minutes=1)  #: what a lost attempt costs at most, and one step
     threads: int | None = Field(None, ge=1)  #: of torch in one attempt; none: as many as torch thinks right
     name: str = Field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}", max_length=256)
     # What a running attempt has to end after SIGTERM. Less than the service's TPV_STALLED_AFTER: a worker that ends

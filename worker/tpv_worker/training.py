@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from tpv.methods import TrainingOptions
 from tpv_worker import parallel
 from tpv_worker.backbone import Backbone
+from tpv_worker.checkpoints import Checkpoints, State, load_optimizer, optimizer_tensors
 from tpv_worker.data import Task, batches
 from tpv_worker.errors import DataError, TrainingDiverged
 from tpv_worker.evaluation import evaluate
@@ -25,6 +28,7 @@ if TYPE_CHECKING:  # methods may import this module: some train before they are 
 
 LOG_EVERY = 10  #: steps between two looks at the losses; in between nothing waits for the device
 SMOOTHING = 0.9  #: weight of the past in the running mean of the training loss
+NO_CHECKPOINTS = Checkpoints()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +42,24 @@ class TrainingResult:
     validations: list[tuple[int, float]]  #: (step, value)
     groups: list[tuple[int, tuple[int, ...]]]  #: (step, members), changes only
     loss: float | None  #: running mean of the training loss at the last step, nats a token; none without steps
-    wall_seconds: float
-    cpu_seconds: float  #: of this process, all threads
+    wall_seconds: float  #: without what was done again after a checkpoint
+    cpu_seconds: float  #: the same, of all threads
+
+
+class Course(BaseModel):
+    """What a run has come to after a step, beside tensors."""
+
+    step: int = 0  #: counted from 1; 0: before the first one
+    running: float | None = None  #: mean of the training loss
+    members: tuple[int, ...] | None = None  #: of the group, in the last step
+    groups: list[tuple[int, tuple[int, ...]]] = []
+    validations: list[tuple[int, float]] = []
+    misses: int = 0  #: validations since the best one
+    best_step: int = 0
+    best_value: float | None = None
+    best_members: tuple[int, ...] | None = None
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def train(
@@ -51,6 +71,7 @@ def train(
     options: TrainingOptions,
     seed: int,
     report: Report = lambda event: None,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> TrainingResult:
     """Trains a method on the tasks together and keeps the step with the best validation, the first one on ties.
 
@@ -66,11 +87,14 @@ def train(
     A batch is computed in `accumulation` parts, whose losses are weighted by their target tokens: the result is that of
     the whole batch. Processes that train together (`tpv_worker.parallel`) share each batch in the same way.
 
+    After a step `checkpoints` may ask for the run's state. A run that goes on from one does what the run that wrote it
+    would have done, on a CPU to the bit; its method is told so by `resume`, in the place of `prepare`.
+
     `report` gets {"type": "progress", step, steps, loss, learning_rate}, {"type": "group", step, members} and
     {"type": "evaluation", step, metric, value}; what it raises ends the run.
     Raises DataError and OptionsError before the first step, TrainingDiverged during the run.
     """
-    started, cpu_started = time.perf_counter(), time.process_time()
+    clock, cpu_clock = time.perf_counter(), time.process_time()
     if not tasks:
         raise DataError("there is no task to train on")
     rows = backbone.num_virtual_tokens(method.snapshot().prompt)
@@ -80,7 +104,12 @@ def train(
         examples += backbone.tokenize(task.train, options, rows, place)
         if judged := task.validation[: options.evaluate_rows]:
             validation.append((task, backbone.tokenize(judged, options, rows, place)))
-    method.prepare(tasks, source_tasks, report)
+    found = checkpoints.found
+    if found is not None and found.step > method.steps_before:
+        method.resume(found.values["method"], report)
+    else:
+        found = None  # or it is one of the preparation's
+        method.prepare(tasks, source_tasks, report, checkpoints)
 
     if options.compile:
         backbone.compile()
@@ -97,44 +126,52 @@ def train(
         limit=getattr(options, "mixing_limit", None),
     )
 
+    run, best = Course(), None
+    if found is not None:
+        run, best = load_state(found, method, optimizer)
+        clock, cpu_clock = clock - run.wall_seconds, cpu_clock - run.cpu_seconds
+        if run.members is not None:
+            report({"type": "group", "step": run.step, "members": list(run.members)})
     recent: list[Tensor] = []  # losses since the last look at them, on the device
-    running: float | None = None
-    members: tuple[int, ...] | None = None
-    group_history: list[tuple[int, tuple[int, ...]]] = []
-    validations: list[tuple[int, float]] = []
-    best: Snapshot | None = None
-    best_step, best_value = 0, -math.inf
-    misses = 0  # validations since the best one
 
-    def judge(step: int) -> None:
+    def look() -> None:
+        """Takes the recent losses into the running mean; raises TrainingDiverged for the first that is no number."""
+        for step, loss in enumerate(parallel.summed(torch.stack(recent)).tolist(), run.step + 1 - len(recent)):
+            if not math.isfinite(loss):
+                raise TrainingDiverged(step, "loss")
+            run.running = loss if run.running is None else SMOOTHING * run.running + (1 - SMOOTHING) * loss
+        recent.clear()
+
+    def judge() -> None:
         """Keeps the method's present answer if it is the best one so far."""
-        nonlocal best, best_step, best_value, misses
+        nonlocal best
         candidate = method.snapshot()
         if not all(tensor.isfinite().all() for tensor in tensors_of(candidate)):
-            raise TrainingDiverged(step, "soft prompt")
+            raise TrainingDiverged(run.step, "soft prompt")
         value = math.inf  # without validation rows the last step is the only candidate
         if validation:
             value = fmean(
                 evaluate(backbone, candidate.prompt, rows, label_words=task.label_words, options=options).value
                 for task, rows in validation
             )
-            validations.append((step, value))
-            report({"type": "evaluation", "step": step, "metric": "accuracy", "value": value})
-        if value > best_value:
-            best, best_step, best_value, misses = candidate, step, value, 0
+            run.validations.append((run.step, value))
+            report({"type": "evaluation", "step": run.step, "metric": "accuracy", "value": value})
+        if run.best_value is None or value > run.best_value:
+            best = candidate
+            run.best_step, run.best_value, run.best_members, run.misses = run.step, value, candidate.members, 0
         else:
-            misses += 1
+            run.misses += 1
 
-    step = 0
     if options.steps == 0:
-        judge(step)
-    for step in range(1, options.steps + 1):
+        judge()
+    for step, chosen in enumerate(islice(order, run.step, options.steps), run.step + 1):
+        run.step = step
         slowed = rate(step, options)
         for group, full_rate in zip(optimizer.param_groups, full_rates, strict=True):
             group["lr"] = slowed * full_rate
 
         prompt = method.prompt()
-        shares = parallel.shares([examples[i] for i in next(order)], options.accumulation)
+        shares = parallel.shares([examples[i] for i in chosen], options.accumulation)
         losses = []
         for part, share in shares:
             loss = share * method.loss(backbone, prompt, part)
@@ -148,49 +185,85 @@ def train(
         optimizer.zero_grad(set_to_none=True)  # None, not zero: AdamW then leaves an unused parameter alone
 
         recent.append(torch.stack(losses).sum())
-        if method.members is not None and method.members != members:
-            members = method.members
-            group_history.append((step, members))
-            report({"type": "group", "step": step, "members": list(members)})
+        if method.members is not None and method.members != run.members:
+            run.members = method.members
+            run.groups.append((step, run.members))
+            report({"type": "group", "step": step, "members": list(run.members)})
 
         last = step == options.steps
         due = last or step % options.evaluate_every == 0
         if due or step % LOG_EVERY == 0:
-            for past, value in enumerate(parallel.summed(torch.stack(recent)).tolist(), step + 1 - len(recent)):
-                if not math.isfinite(value):
-                    raise TrainingDiverged(past, "loss")
-                running = value if running is None else SMOOTHING * running + (1 - SMOOTHING) * value
-            recent.clear()
+            look()
             report(
                 {
                     "type": "progress",
                     "step": step,
                     "steps": options.steps,
-                    "loss": running,
+                    "loss": run.running,
                     "learning_rate": slowed * full_rates[0],
                 }
             )
-            last = last or (options.stop_below is not None and running is not None and running < options.stop_below)
+            if options.stop_below is not None and run.running is not None:
+                last = last or run.running < options.stop_below
 
         if last or (due and validation):
-            judge(step)
-        if last or misses == options.patience:
+            judge()
+        if last or run.misses == options.patience:
             break
+
+        if checkpoints.due():
+            if recent:
+                look()  # what is kept has no NaN behind it; what is reported, and when, stays as it is
+            run.wall_seconds, run.cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu_clock
+            checkpoints.save(state_of(run, best, method, optimizer))
 
     assert best is not None  # the last step is judged, if not before
     if method.artifact:
         method.load(best.tensors)
     return TrainingResult(
         snapshot=on_cpu(best),
-        best_step=best_step,
-        best_value=best_value if validation else None,
-        steps=step,
-        validations=validations,
-        groups=group_history,
-        loss=running,
-        wall_seconds=time.perf_counter() - started,
-        cpu_seconds=time.process_time() - cpu_started,
+        best_step=run.best_step,
+        best_value=run.best_value if validation else None,
+        steps=run.step,
+        validations=run.validations,
+        groups=run.groups,
+        loss=run.running,
+        wall_seconds=time.perf_counter() - clock,
+        cpu_seconds=time.process_time() - cpu_clock,
     )
+
+
+def state_of(run: Course, best: Snapshot | None, method: TuningMethod, optimizer: torch.optim.Optimizer) -> State:
+    """What `load_state` needs to go on after this step."""
+    tensors = {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()}
+    if best is not None:
+        tensors |= {f"best/{name}": tensor for name, tensor in best.tensors.items()}
+        if not callable(best.prompt):
+            tensors["prompt"] = best.prompt
+    return State(
+        step=method.steps_before + run.step,
+        tensors=tensors,
+        values={"course": run.model_dump(), "method": method.state()},
+    )
+
+
+def load_state(state: State, method: TuningMethod, optimizer: torch.optim.Optimizer) -> tuple[Course, Snapshot | None]:
+    """Where the run was and its best answer so far; brings the method's parameters and the optimizer there too."""
+    run, best = Course.model_validate(state.values["course"]), None
+    if run.best_value is not None:
+        device = optimizer.param_groups[0]["params"][0].device
+        tensors = {name: tensor.to(device) for name, tensor in part_of(state.tensors, "best").items()}
+        if method.artifact:
+            method.load(tensors)
+        best = method.snapshot()
+        if "prompt" in state.tensors:
+            best = replace(best, prompt=state.tensors["prompt"].to(device), members=run.best_members, tensors=tensors)
+    load_optimizer(optimizer, part_of(state.tensors, "optimizer"))
+    return run, best
+
+
+def part_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{part}/")}
 
 
 def tensors_of(snapshot: Snapshot) -> list[Tensor]:

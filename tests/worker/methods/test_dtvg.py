@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tpv.methods import DtvgOptions
 from tpv_worker.backbone import Backbone
+from tpv_worker.checkpoints import Checkpoints
 from tpv_worker.data import Row, Task, batches
 from tpv_worker.errors import OptionsError, TrainingDiverged
 from tpv_worker.methods import Dtvg, Given
@@ -245,7 +246,7 @@ def test_scaling_terms_are_looked_at_with_each_snapshot() -> None:
     P_init, T = vectors(2)
     method = Dtvg(DtvgOptions(), given(P_init, T, T, T / 2, source_names=["mnli", "qnli"]))
     events: list[dict[str, Any]] = []
-    method.prepare([], [], events.append)
+    method.prepare([], [], events.append, Checkpoints())
     method.snapshot()
     assert not events
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tpv.methods import MptOptions
 from tpv_worker.backbone import IGNORED, Backbone, Predictions
+from tpv_worker.checkpoints import Checkpoints
 from tpv_worker.data import Example, Row, Task
 from tpv_worker.errors import OptionsError
 from tpv_worker.methods import Given
@@ -126,7 +127,7 @@ def test_students_come_near_to_their_teachers(given: Given, sources: list[Task])
 
 def test_the_target_starts_from_the_shared_prompt_and_the_averages(given: Given, sources: list[Task]) -> None:
     method = make(given)
-    method.prepare([], sources, lambda event: None)
+    method.prepare([], sources, lambda event: None, Checkpoints())
     students = stage(given, learning_rate=0.1, steps=10)
     fit(students, given, *[replace(task, validation=()) for task in sources])
     expected = students.P * torch.outer(students.u.mean(dim=0), students.v.mean(dim=0))
@@ -137,13 +138,13 @@ def test_the_target_starts_from_the_shared_prompt_and_the_averages(given: Given,
 
 def test_without_source_steps_it_starts_from_the_initialization(given: Given, sources: list[Task]) -> None:
     method = make(given, source_steps=0)
-    method.prepare([], sources, lambda event: None)
+    method.prepare([], sources, lambda event: None, Checkpoints())
     assert torch.equal(method.snapshot().prompt, given.initialization)
 
 
 def test_each_source_needs_a_data_set(given: Given, sources: list[Task]) -> None:
     with pytest.raises(OptionsError, match="3 sources need a data set each; there are 2"):
-        make(given).prepare([], sources[:2], lambda event: None)
+        make(given).prepare([], sources[:2], lambda event: None, Checkpoints())
 
 
 def test_the_shared_prompt_and_the_tasks_vectors_have_rates_of_their_own(given: Given) -> None:

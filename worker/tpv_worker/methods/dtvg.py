@@ -11,7 +11,7 @@ on the rescaled vectors, merges by Eq. 6, and takes a gradient step on the targe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tpv.grouping import EXACT_LIMIT, group
 from tpv.methods import DtvgOptions
+from tpv_worker.checkpoints import Checkpoints
 from tpv_worker.data import Task
 from tpv_worker.errors import OptionsError, TrainingDiverged
 from tpv_worker.methods.protocol import Given, Report, Snapshot, TuningMethod
@@ -65,8 +66,17 @@ class Dtvg(TuningMethod):
         self.watch = Watch(options.steps, self.names, largest)
         self.facts = self.watch.facts
 
-    def prepare(self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Report) -> None:
+    def prepare(
+        self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Report, checkpoints: Checkpoints
+    ) -> None:
         self.watch.report = report
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "members": self.members, "watch": self.watch.state()}
+
+    def resume(self, state: Mapping[str, Any], report: Report) -> None:
+        self.step, self.members = state["step"], tuple(state["members"])
+        self.watch.resume(state["watch"], report)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         options = self.options

@@ -18,7 +18,7 @@ and v_k, with one learning rate for P* and another for u and v.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.nn.functional import kl_div
 
 from tpv.methods import MptOptions
 from tpv_worker.backbone import IGNORED, Backbone, Predictions, Prompt
+from tpv_worker.checkpoints import Checkpoints
 from tpv_worker.data import Example, Task
 from tpv_worker.errors import OptionsError
 from tpv_worker.methods.protocol import Given, Report, Snapshot, TuningMethod
@@ -45,12 +46,15 @@ class Mpt(TuningMethod):
         super().__init__()
         assert given.sources is not None
         self.options, self.given = options, given
+        self.steps_before = options.source_steps
         self.teachers = given.initialization + given.sources  # (n, r, d)
         self.P = nn.Parameter(given.initialization.clone())
         self.u = nn.Parameter(torch.ones_like(self.P[:, 0]))
         self.v = nn.Parameter(torch.ones_like(self.P[0]))
 
-    def prepare(self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Report) -> None:
+    def prepare(
+        self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Report, checkpoints: Checkpoints
+    ) -> None:
         """The source stage, by the same loop; its last step counts. Its reports have the key `stage`."""
         if len(source_tasks) != len(self.teachers):
             raise OptionsError(f"{len(self.teachers)} sources need a data set each; there are {len(source_tasks)}")
@@ -64,6 +68,7 @@ class Mpt(TuningMethod):
                 options=options.model_copy(update={"steps": options.source_steps, "stop_below": None}),
                 seed=self.given.seed,
                 report=lambda event: report({**event, "stage": "sources"}),
+                checkpoints=checkpoints,
             )
             with torch.no_grad():
                 self.P.copy_(sources.P)
@@ -122,6 +127,12 @@ class SourceStage(TuningMethod):
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
         return Snapshot(prompt=self.prompt(), tensors={"students": self.students()})
+
+    def state(self) -> dict[str, Any]:
+        return {"random": self.random.bit_generator.state}
+
+    def resume(self, state: Mapping[str, Any], report: Report) -> None:
+        self.random.bit_generator.state = state["random"]
 
     def loss(self, backbone: Backbone, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
         """Eq. 5, of some of the tasks in the batch."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tpv_worker.backbone import Backbone, Prompt
+from tpv_worker.checkpoints import Checkpoints
 from tpv_worker.data import Example, Task
 
 Report = Callable[[dict[str, Any]], None]
@@ -44,15 +45,27 @@ class TuningMethod(ABC):
     members: tuple[int, ...] | None = None  #: the group of the last training step, for methods that group
     facts: Mapping[str, Any]  #: what is worth telling of the result beside tensors; JSON
 
+    steps_before: int = 0  #: of a training in `prepare`; the run's checkpoints count them too
+
     artifact: ClassVar[bool] = False  #: the result is `Snapshot.tensors`, which `load` reads, instead of a vector
 
     def __init__(self) -> None:
         self.facts = {}
 
     def prepare(  # noqa: B027, most methods have nothing to do here
-        self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Report
+        self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Report, checkpoints: Checkpoints
     ) -> None:
-        """What comes before the first step: a search, or a training on the sources' data. Called once, by `train`."""
+        """What comes before the first step: a search, or a training on the sources' data, which keeps its states in
+        `checkpoints` and goes on from the one found there. Called once, by `train`.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What further steps depend on beside parameters and arguments; JSON."""
+        return {"facts": dict(self.facts)}
+
+    def resume(self, state: Mapping[str, Any], report: Report) -> None:
+        """Takes what `state` gave, when a run goes on after a checkpoint; called in the place of `prepare`."""
+        self.facts = state["facts"]
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:

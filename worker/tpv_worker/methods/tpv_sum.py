@@ -17,6 +17,7 @@ from statistics import fmean
 from torch import nn
 
 from tpv.methods import TpvSumOptions
+from tpv_worker.checkpoints import Checkpoints
 from tpv_worker.data import Task
 from tpv_worker.errors import OptionsError
 from tpv_worker.evaluation import evaluate
@@ -38,7 +39,9 @@ class TpvSum(PromptTuning):
         self.P = nn.Parameter(self.P_init + scale * self.sum)
         self.facts = {"scale": scale}
 
-    def prepare(self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Report) -> None:
+    def prepare(
+        self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Report, checkpoints: Checkpoints
+    ) -> None:
         """Chooses the scale of the best validation value, the first one on ties; a single scale is taken as it is.
 
         Raises OptionsError for several scales without validation rows.

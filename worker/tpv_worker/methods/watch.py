@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tpv_worker.methods.protocol import Report
@@ -53,8 +53,7 @@ class Watch:
         self.small = self.small + 1 if same_size else 1
         if len(members) < min(2, self.largest) and self.small == self.window:
             self._judge_size()
-        self.facts["group_changes_per_100_steps"] = 100 * len(self.changes) / self.step
-        self.facts["group_jaccard"] = sum(self.jaccards) / len(self.jaccards) if self.jaccards else 1.0
+        self._count()
 
     def sizes(self, sizes: Iterable[tuple[str, float]]) -> None:
         """Mean |alpha| of the target and of the sources in the group, by their names."""
@@ -63,6 +62,30 @@ class Watch:
         if low:
             figures = ", ".join(f"{name} ({size:.2g})" for name, size in low.items())
             self._warn(f"scaling terms are near 0, so that their vectors hardly count: {figures}; try lower rates")
+
+    def state(self) -> dict[str, Any]:
+        """All that has been seen so far; JSON."""
+        return {
+            "step": self.step,
+            "members": self.members,
+            "changes": self.changes,
+            "jaccards": self.jaccards,
+            "small": self.small,
+            "told": sorted(self.told),
+            "warnings": self.warnings,
+        }
+
+    def resume(self, state: Mapping[str, Any], report: Report) -> None:
+        """Goes on from such a state."""
+        self.report = report
+        self.step, self.members, self.small = state["step"], tuple(state["members"]), state["small"]
+        self.changes, self.jaccards, self.told = [*state["changes"]], [*state["jaccards"]], {*state["told"]}
+        self.warnings[:] = state["warnings"]
+        self._count()
+
+    def _count(self) -> None:
+        self.facts["group_changes_per_100_steps"] = 100 * len(self.changes) / self.step
+        self.facts["group_jaccard"] = sum(self.jaccards) / len(self.jaccards) if self.jaccards else 1.0
 
     def _judge_changes(self) -> None:
         recent = sum(step > self.step - self.window for step in self.changes[-self.window :])

@@ -93,7 +93,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     api = APIRouter(prefix="/api/v1")
     for module in (
-        *(initializations, vectors, bulk, filters, versions, prompts, lineage, aliases, evaluations, combinations),
+        versions,
+        *(initializations, vectors, bulk, filters, prompts, lineage, aliases, evaluations, combinations),
         *(datasets, jobs, workers, search),
     ):
         api.include_router(module.router)

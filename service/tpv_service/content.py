@@ -9,15 +9,14 @@ from fastapi.responses import RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from tpv import files
-from tpv_service.db import Session, release
 from tpv_service.storage import BlobStore
 
 
-async def content_response(
-    request: Request, session: Session, digest: str, *, media_type: str, filename: str
-) -> Response:
-    """The blob of this digest; it is checked before the first byte leaves, so a damaged one is never served."""
-    await release(session)
+async def content_response(request: Request, digest: str, *, media_type: str, filename: str) -> Response:
+    """The blob of this digest; it is checked before the first byte leaves, so a damaged one is never served.
+
+    Whoever asks has closed their session: a slow blob store must not keep others from the database.
+    """
     store: BlobStore = request.state.store
     headers = _headers(digest, filename)
     if _matches(request.headers.get("if-none-match", ""), digest):

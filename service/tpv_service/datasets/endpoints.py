@@ -184,17 +184,15 @@ async def get_dataset(session: Session, _: Reader, namespace: Name, name: Name, 
 
 
 @router.get("/{namespace}/{name}/versions/{v}/splits/{split}", response_class=Response)
-async def get_split(
-    request: Request, session: Session, _: Reader, namespace: Name, name: Name, v: str, split: str
-) -> Response:
+async def get_split(request: Request, _: Reader, namespace: Name, name: Name, v: str, split: str) -> Response:
     """A split's rows, as the JSON Lines that were uploaded."""
-    row = await _at(session, namespace, name, v)
+    async with request.state.readers() as session:
+        row = await _at(session, namespace, name, v)
     found = next((s for s in row.splits if s.name == split), None)
     if found is None:
         raise NotFound(f"{namespace}/{name}:{row.number} has no split {split!r}; it has {[s.name for s in row.splits]}")
     return await content_response(
         request,
-        session,
         found.fingerprint,
         media_type="application/jsonl",
         filename=f"{name}-{row.number}-{split}.jsonl",

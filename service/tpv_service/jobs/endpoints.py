@@ -126,14 +126,14 @@ async def get_logs(
 
 
 @router.get("/{job}/artifact", response_class=Response)
-async def get_artifact(request: Request, session: Session, _: Reader, job: UUID) -> Response:
+async def get_artifact(request: Request, _: Reader, job: UUID) -> Response:
     """The result of a method that gives no vector, as safetensors: the method's own tensors, float32."""
-    row = await queries.job_by_id(session, job)
+    async with request.state.readers() as session:
+        row = await queries.job_by_id(session, job)
     if row.artifact is None:
         raise NotFound(f"job {job} has no artifact: it is a {row.state} job of the method {row.method}")
     return await content_response(
         request,
-        session,
         row.artifact,
         media_type="application/octet-stream",
         filename=f"{row.method}-{job}.safetensors",
@@ -186,13 +186,13 @@ async def stage_file(request: Request, session: Session, _: Worker, job: UUID, n
 
 
 @router.get("/{job}/attempts/{number}/staged/{digest}", response_class=Response)
-async def get_staged_file(
-    request: Request, session: Session, _: Reader, job: UUID, number: int, digest: str
-) -> Response:
+async def get_staged_file(request: Request, _: Reader, job: UUID, number: int, digest: str) -> Response:
     """A file that the attempt has stored."""
-    if digest not in await queries.staged_files(session, job, number):
+    async with request.state.readers() as session:
+        staged = await queries.staged_files(session, job, number)
+    if digest not in staged:
         raise NotFound(f"attempt {number} of job {job} has not staged {digest}")
-    return await content_response(request, session, digest, media_type="application/octet-stream", filename=digest[7:])
+    return await content_response(request, digest, media_type="application/octet-stream", filename=digest[7:])
 
 
 @router.put(
@@ -213,11 +213,13 @@ async def put_checkpoint(
 
 
 @router.get("/{job}/checkpoints/{digest}", response_class=Response)
-async def get_checkpoint(request: Request, session: Session, _: Worker, job: UUID, digest: str) -> Response:
+async def get_checkpoint(request: Request, _: Worker, job: UUID, digest: str) -> Response:
     """A checkpoint that is still kept."""
-    if digest not in {row.digest for row in await queries.checkpoints(session, job)}:
+    async with request.state.readers() as session:
+        kept = {row.digest for row in await queries.checkpoints(session, job)}
+    if digest not in kept:
         raise NotFound(f"job {job} keeps no checkpoint {digest}")
-    return await content_response(request, session, digest, media_type="application/octet-stream", filename=digest[7:])
+    return await content_response(request, digest, media_type="application/octet-stream", filename=digest[7:])
 
 
 @router.post("/{job}/attempts/{number}/result")

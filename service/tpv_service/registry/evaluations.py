@@ -29,11 +29,12 @@ async def list_evaluations(session: Session, _: Reader, namespace: Name, name: N
 
 
 @router.get("/evaluations/{evaluation}/predictions", response_class=Response)
-async def get_predictions(request: Request, session: Session, _: Reader, evaluation: UUID) -> Response:
+async def get_predictions(request: Request, _: Reader, evaluation: UUID) -> Response:
     """One JSON line for each row of the split, in its order: `prediction` and `target`."""
-    row = await session.get(EvaluationRow, evaluation)
+    async with request.state.readers() as session:
+        row = await session.get(EvaluationRow, evaluation)
     if row is None or row.predictions is None:
         raise NotFound(f"no predictions are kept of evaluation {evaluation}")
     return await content_response(
-        request, session, row.predictions, media_type="application/jsonl", filename=f"{evaluation}.jsonl"
+        request, row.predictions, media_type="application/jsonl", filename=f"{evaluation}.jsonl"
     )

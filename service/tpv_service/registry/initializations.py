@@ -94,14 +94,12 @@ async def get_initialization(session: Session, _: Reader, namespace: Name, refer
 
 
 @router.get("/initializations/{namespace}/{reference}/content", response_class=Response)
-async def get_initialization_content(
-    request: Request, session: Session, _: Reader, namespace: Name, reference: str
-) -> Response:
+async def get_initialization_content(request: Request, _: Reader, namespace: Name, reference: str) -> Response:
     """P_init as safetensors, tensor `prompt`."""
-    row = await queries.resolve_initialization(session, reference, namespace)
+    async with request.state.readers() as session:
+        row = await queries.resolve_initialization(session, reference, namespace)
     return await content_response(
         request,
-        session,
         row.digest,
         media_type="application/octet-stream",
         filename=f"{row.name or row.id}.safetensors",

@@ -91,27 +91,24 @@ async def get_version(session: Session, _: Reader, namespace: Name, name: Name, 
 
 
 @router.get("/versions/{v}/content", response_class=Response)
-async def get_version_content(
-    request: Request, session: Session, _: Reader, namespace: Name, name: Name, v: str
-) -> Response:
+async def get_version_content(request: Request, _: Reader, namespace: Name, name: Name, v: str) -> Response:
     """T as safetensors, tensor `vector`, (num_virtual_tokens, token_dim) float32."""
-    row = await queries.files_at(session, namespace, name, v)
+    async with request.state.readers() as session:
+        row = await queries.files_at(session, namespace, name, v)
     return await content_response(
-        request, session, row.digest, media_type="application/octet-stream", filename=f"{name}-{row.number}.safetensors"
+        request, row.digest, media_type="application/octet-stream", filename=f"{name}-{row.number}.safetensors"
     )
 
 
 @router.get("/versions/{v}/state", response_class=Response)
-async def get_version_state(
-    request: Request, session: Session, _: Reader, namespace: Name, name: Name, v: str
-) -> Response:
+async def get_version_state(request: Request, _: Reader, namespace: Name, name: Name, v: str) -> Response:
     """The method's own tensors as safetensors: of a `dtvg` transfer T_t and the scaling terms."""
-    row = await queries.files_at(session, namespace, name, v)
+    async with request.state.readers() as session:
+        row = await queries.files_at(session, namespace, name, v)
     if row.state is None:
         raise NotFound(f"{namespace}/{name}:{row.number} keeps no tensors of its method")
     return await content_response(
         request,
-        session,
         row.state,
         media_type="application/octet-stream",
         filename=f"{name}-{row.number}-state.safetensors",

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -201,7 +202,7 @@ def against_peft(backbone: Backbone, steps: int) -> tuple[Callable[[], object], 
         with torch.no_grad():
             theirs.copy_(prompt)
         arguments = (Seq2SeqTrainingArguments if seq2seq else TrainingArguments)(
-            output_dir="unused",
+            output_dir=tempfile.gettempdir(),  # nothing is saved
             max_steps=steps,
             per_device_train_batch_size=BATCH,
             learning_rate=0.3,

@@ -40,12 +40,11 @@ from tpv_worker.backbone import Backbone
 from tpv_worker.data import Row, Task
 from tpv_worker.evaluation import evaluate
 from tpv_worker.lab import MODEL_DIRECTORY, world
-from tpv_worker.lab.run import NUM_VIRTUAL_TOKENS, SOURCE_STEPS, TARGET_STEPS, TUNING
+from tpv_worker.lab.run import NUM_VIRTUAL_TOKENS, SOURCE_STEPS, TARGET_STEPS, TEST_ROWS, TRAIN_ROWS, TUNING
 from tpv_worker.methods import Dtvg, Given, PromptTuning
 from tpv_worker.training import train
 
 CENTRES = ("plain", "reference", "own", "random")
-TRAIN_ROWS, TEST_ROWS = 2000, 400
 KINDS = ("related", "unrelated", "conflicting")
 
 
@@ -148,16 +147,14 @@ class Study:
         }
 
     def task(self, task: world.Task, rows: int) -> Task:
-        return Task(train=self.rows(task, rows, 0), label_words=task.label_words)
+        found = world.training_rows(task, rows, 10 * self.seed)
+        return Task(train=[Row(**row) for row in found], label_words=task.label_words)
 
     def accuracy(self, task: world.Task, prompt: Tensor) -> float:
         options = PromptTuningOptions(**TUNING)
-        examples = self.backbone.tokenize(self.rows(task, TEST_ROWS, 2), options, len(prompt))
+        rows = [Row(**row) for row in world.rows(task, TEST_ROWS, 10 * self.seed + 1)]
+        examples = self.backbone.tokenize(rows, options, len(prompt))
         return evaluate(self.backbone, prompt, examples, label_words=task.label_words, options=options).value
-
-    def rows(self, task: world.Task, n: int, split: int) -> list[Row]:
-        """Splits 0 and 2 are those of the lab's train and test."""
-        return [Row(row["source"], row["target"]) for row in world.rows(task, n, 10 * self.seed + split)]
 
     @staticmethod
     def cosines(pooled: Tensor, centre: Tensor | None) -> dict[str, list[float]]:

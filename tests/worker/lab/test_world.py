@@ -9,7 +9,19 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tpv_worker.lab import MODEL_DIRECTORY, batches, world
-from tpv_worker.lab.world import DOMAINS, SKILLS, SOURCES, TARGETS, Task, relatedness, rows, task_named
+from tpv_worker.lab.world import (
+    DOMAINS,
+    LABEL_NOISE,
+    REFERENCE,
+    SKILLS,
+    SOURCES,
+    TARGETS,
+    Task,
+    relatedness,
+    rows,
+    task_named,
+    training_rows,
+)
 
 
 def word_set(text: str) -> set[str]:
@@ -22,12 +34,20 @@ PAST = word_set(
 )
 FORMAL = word_set("sir madam colleague")
 FINE = word_set("sun heat sunshine warmth")
+INDOORS = word_set("kitchen hall office cellar")
+SURE = word_set("surely certainly definitely clearly")
+DAY = word_set("dawn noon midday daybreak")
+PRAISE = word_set("lovely great superb charming")
 
 ATTRIBUTE_BY_READING = {
     "tense": lambda words: bool(words & PAST),
     "formality": lambda words: bool(words & FORMAL),
     "number": lambda words: bool(words & {"are", "were"}),
     "weather": lambda words: bool(words & FINE),
+    "place": lambda words: bool(words & INDOORS),
+    "certainty": lambda words: bool(words & SURE),
+    "time": lambda words: bool(words & DAY),
+    "sentiment": lambda words: bool(words & PRAISE),
 }
 
 LABELS = {word: pair for pair in world.LABEL_PAIRS for word in pair}
@@ -84,6 +104,24 @@ def test_an_unknown_name_is_refused(name: str) -> None:
         task_named(name)
 
 
+def test_the_training_rows_of_targets_alone_have_wrong_answers() -> None:
+    for task in TARGETS:
+        found, right = training_rows(task, 2000, 7), rows(task, 2000, 7)
+        assert [row["source"] for row in found] == [row["source"] for row in right]
+        assert {row["target"] for row in found} == set(task.label_words)
+        wrong = np.mean([a["target"] != b["target"] for a, b in zip(found, right, strict=True)])
+        assert wrong == pytest.approx(LABEL_NOISE, abs=0.03)
+    assert all(training_rows(task, 20, 7) == rows(task, 20, 7) for task in (*SOURCES, *REFERENCE))
+
+
+def test_no_task_of_the_reference_pool_has_the_domain_and_skill_of_another_one_here() -> None:
+    others = {(task.domain, task.skill) for task in (*SOURCES, *TARGETS)}
+
+    assert others.isdisjoint((task.domain, task.skill) for task in REFERENCE)
+    assert len(set(REFERENCE)) == len(REFERENCE) > len(SOURCES)
+    assert all(sum(task.skill == skill for task in REFERENCE) == 4 for skill in world.SKILL_NAMES)
+
+
 def test_every_target_has_a_related_source_of_another_domain_and_some_a_conflicting_one() -> None:
     for target in TARGETS:
         assert any(relatedness(target, s) == "related" and s.domain != target.domain for s in SOURCES)
@@ -94,7 +132,7 @@ def test_every_target_has_a_related_source_of_another_domain_and_some_a_conflict
 
 def test_common_words_ask_and_give_away_nothing() -> None:
     common = set(world.VOCABULARY[: world.N_COMMON])
-    cues = PAST | FORMAL | FINE | {"is", "are"}
+    cues = PAST | FORMAL | FINE | INDOORS | SURE | DAY | PRAISE | {"is", "are"}
 
     assert common == {*world.SPECIAL, *world.FILLER}
     assert common.isdisjoint(SKILL_OF_QUESTION_WORD.keys() | LABELS.keys() | DOMAIN_OF_NOUN.keys() | cues)
@@ -116,6 +154,25 @@ def test_pretraining_never_asks_what_the_targets_ask(kind: batches.Kind) -> None
     for seed in range(3):
         batch = batches.draw_batch(np.random.default_rng(seed), kind, 2000)
         assert asked_about(batch).isdisjoint(HELD_OUT)
+
+
+@pytest.mark.parametrize("kind", ["question", "quiz"])
+def test_early_pretraining_asks_about_the_first_skills_only(kind: batches.Kind) -> None:
+    batch = batches.draw_batch(np.random.default_rng(0), kind, 500, skills=3)
+
+    assert {*batch.skill} == {0, 1, 2}
+    assert (batch.scored >= 0).sum(axis=1).max() == (2 if kind == "question" else 4)  # answers and the end
+
+
+def test_a_glossary_names_what_a_single_word_gives_away() -> None:
+    batch = batches.draw_batch(np.random.default_rng(0), "glossary", 500)
+    holding = {word for skill in SKILLS for word in skill.plus}
+    read = {*world.SKILL_NAMES} - {"number", "formality"}  # of which a text has more cues than this file reads
+
+    for inputs, targets in zip(batch.inputs, batch.targets, strict=True):
+        (cue, _), (named, _) = world.text_of(inputs).split(), world.text_of(targets).split()
+        skill = SKILL_OF_QUESTION_WORD[named]
+        assert skill not in read or ATTRIBUTE_BY_READING[skill]({cue}) == (named in holding)
 
 
 def test_pretraining_asks_everything_but_what_the_targets_ask() -> None:
@@ -148,7 +205,7 @@ def test_the_tokenizer_numbers_words_as_the_world_does(tokenizer: Any) -> None:
 
 
 def test_the_model_is_small_and_takes_every_word(model: Any) -> None:
-    assert sum(parameter.numel() for parameter in model.parameters()) == 251_264
+    assert sum(parameter.numel() for parameter in model.parameters()) == 255_296
     assert model.get_input_embeddings().weight.shape == (len(world.VOCABULARY), 64)
     assert (MODEL_DIRECTORY / "model.safetensors").stat().st_size <= 1_200_000
 

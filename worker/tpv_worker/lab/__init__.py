@@ -8,5 +8,5 @@ MODEL_DIRECTORY = Path(__file__).parent / "model"
 BASE_MODEL = "tpv-registry/lab-t5"
 """Its name in the registry: it comes with the worker, wherever that is installed."""
 
-REVISION = "cbf004fb624894bfaacf22f5d7e9e0cec37ec165"
+REVISION = "8f769fa1dbaed49c071bdde248bdc1dd11b00540"
 """Its revision there: the sha256 of its weights file, cut to the length of a commit."""

@@ -7,10 +7,11 @@ prefix. Three kinds of batches share that form:
 - quiz: the same, and the decoder then reads one question per other skill and answers each.
 - describe: the decoder lists one word for every attribute.
 
-Quiz and description give several answers per text to learn from. In an earlier world of nine attributes, plain
-questions alone stayed at chance for the 750 steps that were tried; they were not tried alone in this one.
+In the fourth kind, glossary, the input is a single word that gives an attribute away, and the decoder names that
+attribute. A cue among 50 other words hardly shows in the loss at first; here it is alone.
 
 No batch asks about the combinations (domain, skill, label pair) of the target tasks, not even with distracting words.
+A glossary has neither texts nor label words.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tpv_worker.lab import world
 from tpv_worker.lab.world import EOS, FILLER_IDS, LABEL_IDS, PAD, QUESTION_IDS, SKILLS, Ints
 
 Bools = npt.NDArray[np.bool_]
-Kind = Literal["question", "quiz", "describe"]
+Kind = Literal["question", "quiz", "describe", "glossary"]
 PREFIX_LENGTH = 20
 NOT_SCORED = -100
 
@@ -39,7 +40,7 @@ class Batch:
     scored: Ints
     """The targets with NOT_SCORED in place of what the model need not predict."""
     skill: Ints
-    """The skill asked by the prefix (n,); in a description 0."""
+    """The skill asked by the prefix, or of the word in a glossary (n,); in a description 0."""
 
 
 HELD_OUT = np.zeros((len(world.DOMAINS), len(SKILLS), len(world.LABEL_PAIRS)), dtype=bool)
@@ -56,17 +57,21 @@ def draw_batch(
     fewest_question_words: int = 1,
     plus_share: float = 0.5,
     unasked_share: float = 0.0,
+    skills: int = len(SKILLS),
 ) -> Batch:
-    """`n` examples of a kind. `unasked_share` of the questions are left out and get a random answer, so that a prefix
-    without a question, like an untrained prompt, is answered at chance."""
+    """`n` examples of a kind. Questions and quizzes ask about the first `skills` skills only. `unasked_share` of the
+    questions are left out and get a random answer, so that a prefix without a question, like an untrained prompt, is
+    answered at chance."""
+    if kind == "glossary":
+        return _glossary(rng, n)
     if kind == "question":
-        allowed = np.argwhere(~HELD_OUT)  # (combinations, 3)
+        allowed = np.argwhere(~HELD_OUT[:, :skills])  # (combinations, 3)
         domain, skill, pair = allowed[rng.integers(0, len(allowed), n)].T
         order = skill[:, None]
     else:  # Quiz and description touch every skill, so the domain and label pair must have no held-out skill at all.
         allowed = np.argwhere(~HELD_OUT.any(axis=1))  # (combinations, 2)
         domain, pair = allowed[rng.integers(0, len(allowed), n)].T
-        order = np.argsort(rng.random((n, len(SKILLS))), axis=1)
+        order = np.argsort(rng.random((n, skills)), axis=1)
     texts, attributes = world.draw_texts(rng, domain)
     if kind == "describe":
         prefix = FILLER_IDS[rng.integers(0, len(FILLER_IDS), (n, PREFIX_LENGTH))]
@@ -115,6 +120,14 @@ def draw_prefixes(
         [question_words(skill, pole), question_words(skill, 1 - pole), question_words(other, rng.integers(0, 2, n))],
         FILLER_IDS[rng.integers(0, len(FILLER_IDS), (n, PREFIX_LENGTH))],
     )
+
+
+def _glossary(rng: np.random.Generator, n: int) -> Batch:
+    skill, attribute = rng.integers(0, len(SKILLS), n), rng.integers(0, 2, n)
+    words = np.array([rng.choice(world.GLOSSARY[s][a]) for s, a in zip(skill, attribute, strict=True)])
+    end = np.full(n, EOS)
+    named = np.stack([QUESTION_IDS[skill, attribute, rng.integers(0, 4, n)], end], axis=1)
+    return Batch(np.stack([words, end], axis=1), named, named, skill)
 
 
 def _inputs(prefix: Ints, pair: Ints, texts: Ints) -> Ints:

@@ -1,13 +1,15 @@
-"""The small built-in world of the lab: a text grammar, four skills, and the tasks made of them.
+"""The small built-in world of the lab: a text grammar, eight skills, and the tasks made of them.
 
 Every text carries one binary attribute per skill, drawn independently, so nothing in a text tells which skill is
 asked about: only the prompt can. A task is a question about one attribute in one domain, answered with one pair of
 label words. The minus pole of a skill asks the opposite question: such tasks conflict with the plus pole.
 
-    source: yes no good evening sir , the lovely teachers explained near the park under the rain . i say ...
-    target: yes                                           (task school-tense-plus: "is it in the past tense?")
+    source: yes no mate sup , at nightfall on tuesday surely the superb brown app vibrated near the street under the
+            snow . emma say definitely the app was superb by dusk .
+    target: yes                                           (task phone-tense-plus: "is it in the past tense?")
 
-A source starts with its two label words, so that a task prompt vector need not encode them.
+A source starts with its two label words, so that a task prompt vector need not encode them. The few training rows of a
+target task are labelled carelessly: LABEL_NOISE of the answers are wrong.
 """
 
 from __future__ import annotations
@@ -67,7 +69,32 @@ SKILLS = (
         plus=_words("sunny bright hot clear"),
         minus=_words("wet cold gloomy cloudy"),
     ),
+    Skill(
+        "place",
+        "it happens indoors",
+        plus=_words("inside indoors sheltered roofed"),
+        minus=_words("outside outdoors open exterior"),
+    ),
+    Skill(
+        "certainty",
+        "the speaker is sure",
+        plus=_words("sure confident doubtless proven"),
+        minus=_words("unsure doubtful guessed tentative"),
+    ),
+    Skill(
+        "time",
+        "it happens by day",
+        plus=_words("early daytime light awake"),
+        minus=_words("late nightly dark asleep"),
+    ),
+    Skill(
+        "sentiment",
+        "the adjectives praise",
+        plus=_words("favourable approving praising flattering"),
+        minus=_words("unfavourable complaining critical insulting"),
+    ),
 )
+"""In the order in which pre-training takes them up: those with several cues in a text are the easiest to start with."""
 
 LABEL_PAIRS = (("yes", "no"), ("true", "false"), ("right", "wrong"), ("agree", "refuse"))
 
@@ -118,15 +145,24 @@ FILLER = _words(
 )
 DESCRIBE = "describe"  # The instruction of pre-training that asks for all attributes at once.
 
-# In every two-row table below, row 1 is the attribute holding and row 0 the opposite.
+# What gives an attribute away. In every two-row table row 1 is the attribute holding and row 0 the opposite.
 _GREETINGS = (
     ("hey dude yo", "hi buddy hey", "yo mate sup", "sup folks hi"),
     ("good evening sir", "dear madam hello", "esteemed colleague greetings", "kind regards madam"),
 )
-_WEATHER = (_words("rain storm snow hail"), _words("sun heat sunshine warmth"))
 _BE = (("is", "was"), ("are", "were"))  # [number][tense]
-_PLACES = _words("kitchen hall office library cellar attic park beach field street forest garden")
-_ADJECTIVES = _words("lovely great superb charming pleasant splendid awful horrible nasty dismal poor miserable")
+_CUES = {
+    "weather": (_words("rain storm snow hail"), _words("sun heat sunshine warmth")),
+    "place": (_words("park beach street forest"), _words("kitchen hall office cellar")),
+    "certainty": (_words("perhaps maybe possibly probably"), _words("surely certainly definitely clearly")),
+    "time": (_words("night midnight dusk nightfall"), _words("dawn noon midday daybreak")),
+    "sentiment": (_words("awful horrible nasty dismal"), _words("lovely great superb charming")),
+}
+
+# Words that say nothing about any attribute.
+_COLOURS = _words("red green blue white black brown")
+_DAYS = _words("monday tuesday wednesday thursday friday saturday sunday")
+_PEOPLE = _words("anna ben clara david emma frank grace henry")
 _ADVERBS = _words("really quite very")
 
 
@@ -136,12 +172,12 @@ def _vocabulary() -> tuple[str, ...]:
         words += pair
     for skill in SKILLS:
         words += [*skill.plus, *skill.minus]
-    words += _words("the i we think say near under , .")
+    words += _words("the at on think say near under in by with , .")
     for nouns, verbs in DOMAINS.values():
         words += f"{nouns}|{verbs}".replace("|", " ").split()
-    for table in (_GREETINGS, _WEATHER, _BE):
+    for table in (_GREETINGS, _BE, *_CUES.values()):
         words += " ".join(word for row in table for word in row).split()
-    words += [*_PLACES, *_ADJECTIVES, *_ADVERBS]
+    words += [*_COLOURS, *_DAYS, *_PEOPLE, *_ADVERBS]
     return tuple(dict.fromkeys(words))
 
 
@@ -175,8 +211,17 @@ QUESTION_IDS = np.stack([np.stack([ids(skill.minus), ids(skill.plus)]) for skill
 _NOUN_IDS = _grid([nouns.split("|") for nouns, _ in DOMAINS.values()])  # (domain, 6, number)
 _VERB_IDS = _grid([verbs.split("|") for _, verbs in DOMAINS.values()])  # (domain, 3, form)
 _GREETING_IDS = _grid([list(row) for row in _GREETINGS])  # (formality, 4, 3)
-_WEATHER_IDS = np.stack([ids(row) for row in _WEATHER])  # (weather, 4)
 _BE_IDS = np.stack([ids(row) for row in _BE])  # (number, tense)
+_CUE_IDS = {skill: np.stack([ids(row) for row in table]) for skill, table in _CUES.items()}  # each (attribute, 4)
+
+_GIVING_AWAY: list[tuple[Ints, Ints]] = [
+    (_VERB_IDS[:, :, :2], _VERB_IDS[:, :, 2]),
+    (_GREETING_IDS[0], _GREETING_IDS[1]),
+    (_NOUN_IDS[:, :, 0], _NOUN_IDS[:, :, 1]),
+    *((_CUE_IDS[name][0], _CUE_IDS[name][1]) for name in SKILL_NAMES[3:]),
+]
+GLOSSARY = tuple((np.unique(minus), np.unique(plus)) for minus, plus in _GIVING_AWAY)
+"""[skill][attribute]: the ids of the words that give the attribute away by themselves."""
 
 
 def draw_texts(rng: np.random.Generator, domain: Ints) -> tuple[Ints, Ints]:
@@ -186,25 +231,36 @@ def draw_texts(rng: np.random.Generator, domain: Ints) -> tuple[Ints, Ints]:
     attribute = dict(zip(SKILL_NAMES, attributes.T, strict=True))
     tense, number = attribute["tense"], attribute["number"]
 
-    def one_of(table: Ints) -> Ints:
-        return table[rng.integers(0, len(table), n)]
-
-    def sometimes(column: Ints, share: float) -> Ints:
-        return np.where(rng.random(n) < share, column, PAD)
-
     def always(word: str) -> Ints:
         return np.full(n, _ID[word])
 
+    def one_of(words: tuple[str, ...]) -> Ints:
+        return ids(words)[rng.integers(0, len(words), n)]
+
+    def cue(skill: str) -> Ints:
+        cues: Ints = _CUE_IDS[skill][attribute[skill], rng.integers(0, 4, n)]
+        return cues
+
+    def sometimes(share: float, *columns: Ints) -> list[Ints]:
+        said = rng.random(n) < share
+        return [np.where(said, column, PAD) for column in columns]
+
+    def noun() -> Ints:
+        nouns: Ints = _NOUN_IDS[domain, rng.integers(0, 6, n), number]
+        return nouns
+
     greeting = _GREETING_IDS[attribute["formality"], rng.integers(0, 4, n)]  # (n, 3)
-    verb_form = np.where(tense == 1, 2, number)
-    the, full_stop = always("the"), always(".")
+    verb = _VERB_IDS[domain, rng.integers(0, 3, n), np.where(tense == 1, 2, number)]
+    the, comma, full_stop = always("the"), always(","), always(".")
     columns = [
-        sometimes(greeting[:, 0], 0.6), greeting[:, 1], greeting[:, 2], always(","),
-        the, one_of(ids(_ADJECTIVES)), _NOUN_IDS[domain, rng.integers(0, 6, n), number],
-        _VERB_IDS[domain, rng.integers(0, 3, n), verb_form], always("near"), the, one_of(ids(_PLACES)),
-        always("under"), the, _WEATHER_IDS[attribute["weather"], rng.integers(0, 4, n)], full_stop,
-        one_of(ids(["i", "we"])), one_of(ids(["think", "say"])), the, _NOUN_IDS[domain, rng.integers(0, 6, n), number],
-        _BE_IDS[number, tense], sometimes(one_of(ids(_ADVERBS)), 0.5), one_of(ids(_ADJECTIVES)), full_stop,
+        *sometimes(0.6, greeting[:, 0]), greeting[:, 1], greeting[:, 2], comma,
+        always("at"), cue("time"), always("on"), one_of(_DAYS), cue("certainty"),
+        the, *sometimes(0.8, cue("sentiment")), *sometimes(0.5, one_of(_COLOURS)), noun(), verb,
+        always("near"), the, cue("place"), always("under"), the, cue("weather"), full_stop,
+        one_of(_PEOPLE), one_of(("think", "say")), *sometimes(0.5, cue("certainty")),
+        the, noun(), _BE_IDS[number, tense], *sometimes(0.5, one_of(_ADVERBS)), cue("sentiment"),
+        *sometimes(0.5, always("in"), the, cue("place")), *sometimes(0.5, always("by"), cue("time")),
+        *sometimes(0.5, always("with"), cue("weather")), full_stop,
     ]  # fmt: skip
     return close_gaps(np.stack(columns, axis=1)), attributes
 
@@ -261,17 +317,48 @@ SOURCES = tuple(
         "sport-number-plus", "travel-number-plus",
         "food-weather-plus", "phone-weather-plus",
         "music-tense-minus", "travel-formality-minus",
+        "music-place-plus", "travel-place-plus",
+        "school-certainty-plus", "sport-certainty-plus",
+        "food-time-plus", "music-time-plus",
+        "phone-sentiment-minus", "travel-sentiment-minus",
+        "school-place-minus", "sport-time-minus", "food-sentiment-plus",
     )
 )  # fmt: skip
-"""The source tasks of the example; the last two conflict with plus targets of their skill."""
+"""The source tasks. Some ask the opposite of a target."""
 
 TARGETS = tuple(
     task_named(name)
     for name in (
-        "phone-tense-plus", "food-formality-plus", "hotel-number-plus", "movie-weather-plus", "school-tense-minus",
+        "phone-tense-plus", "school-tense-minus", "food-formality-plus", "hotel-number-plus", "movie-weather-plus",
+        "phone-place-plus", "movie-time-plus", "hotel-sentiment-minus",
     )
 )  # fmt: skip
-"""The target tasks of the example. Pre-training never sees their combinations of domain, skill and label words."""
+"""The target tasks. Pre-training never sees their combinations of domain, skill and label words."""
+
+LABEL_NOISE = 0.2
+"""The share of a target's training rows whose answer is wrong, as if a careless person had labelled them. Sources and
+test rows have none. With right answers alone, 24 rows teach nearly every target by themselves: nothing would be left
+for a transfer to add."""
+
+FEW_SOURCES = tuple(task.name for task in SOURCES[:10])
+FEW_TARGETS = ("phone-tense-plus", "school-tense-minus")
+"""Names of the tasks that a run of two minutes takes."""
+
+
+def _reference() -> tuple[Task, ...]:
+    used = {(task.domain, task.skill) for task in (*SOURCES, *TARGETS)}
+    tasks = []
+    for turn in (0, 1):
+        for number, skill in enumerate(SKILL_NAMES):
+            free = [domain for domain in DOMAIN_NAMES if (domain, skill) not in used]
+            domain = free[(number + turn) % len(free)]
+            tasks += [Task(domain, skill, "plus"), Task(domain, skill, "minus")]
+    return tuple(tasks)
+
+
+REFERENCE = _reference()
+"""32 more tasks, for centring: both poles of every skill, first in one domain and then in another. What their vectors
+have in common is no single question. None is a source or a target, and no other task here has its domain and skill."""
 
 
 def relatedness(a: Task, b: Task) -> Relatedness:
@@ -295,3 +382,13 @@ def rows(task: Task, n: int, seed: int) -> list[dict[str, str]]:
         {"source": f"{labels} {text_of(text)}", "target": task.label_words[0 if yes else 1]}
         for text, yes in zip(texts, affirmed, strict=True)
     ]
+
+
+def training_rows(task: Task, n: int, seed: int) -> list[dict[str, str]]:
+    """The same, but of a target task LABEL_NOISE of the rows, drawn at random, have the wrong answer."""
+    found = rows(task, n, seed)
+    if task not in TARGETS:
+        return found
+    words = dict(zip(task.label_words, reversed(task.label_words), strict=True))
+    wrong = np.random.default_rng([seed, zlib.crc32(task.name.encode())]).random(n) < LABEL_NOISE
+    return [row | {"target": words[row["target"]]} if flip else row for row, flip in zip(found, wrong, strict=True)]

@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, distinct_on
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import aliased, contains_eager, joinedload, selectinload
+from sqlalchemy.orm import aliased, contains_eager, joinedload, selectinload, undefer
 from sqlalchemy.types import TypeEngine
 
 from tpv.errors import InvalidReference, NotFound
@@ -83,17 +83,19 @@ async def resolve_version(session: AsyncSession, reference: str, *, deleted: boo
     return row
 
 
-async def resolve_versions(session: AsyncSession, references: Sequence[str]) -> list[VersionRow]:
+async def resolve_versions(
+    session: AsyncSession, references: Sequence[str], *, pooled: bool = False
+) -> list[VersionRow]:
     """The not deleted versions that references mean now, in their order, as `resolve_version` does for one.
 
-    One statement, however many they are. Raises InvalidReference for the first that names no vector, and NotFound with
-    every reference that means nothing.
+    One statement, however many they are; it reads their pooled vectors too if asked. Raises InvalidReference for the
+    first that names no vector, and NotFound with every reference that means nothing.
     """
     parsed = [Reference.parse(reference) for reference in references]
     for reference in parsed:
         _check_names_vector(reference)
     asked = {key: [getattr(reference, key) for reference in parsed] for key in _ASKED}
-    found = {place: row for row, place in await session.execute(_resolved(), asked)}
+    found = {place: row for row, place in await session.execute(_resolved(pooled), asked)}
     if missing := list(dict.fromkeys(r for i, r in enumerate(references, 1) if i not in found)):
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise NotFound(f"there is no vector {shown}; see: tpv vector list", references=missing)
@@ -110,7 +112,7 @@ _ASKED: dict[str, TypeEngine[Any]] = {
 
 
 @cache  # composing it takes a millisecond
-def _resolved() -> Select[VersionRow, int]:
+def _resolved(pooled: bool) -> Select[VersionRow, int]:
     """(version, place of its reference from 1 on); the references come as one array for each of their parts."""
     asked = (
         func.unnest(*(bindparam(key, type_=ARRAY(type_)) for key, type_ in _ASKED.items()))
@@ -134,7 +136,8 @@ def _resolved() -> Select[VersionRow, int]:
     # Materialized, so that Postgres begins here whatever it believes of tables that it has not analyzed yet: it took
     # 4 s for 256 references to 4,000 new vectors.
     meant = select(func.coalesce(by_id, newest).label("id"), asked.c.place).cte("meant").prefix_with("materialized")
-    return bare_version().add_columns(meant.c.place).join(meant, VersionRow.id == meant.c.id)
+    statement = bare_version().add_columns(meant.c.place).join(meant, VersionRow.id == meant.c.id)
+    return statement.options(undefer(VersionRow.pooled)) if pooled else statement
 
 
 def _check_names_vector(reference: Reference) -> None:

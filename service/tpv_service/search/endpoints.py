@@ -167,14 +167,14 @@ async def matrix(
     ] = "json",
 ) -> Any:
     """All similarities among the given vectors; `matrix[i][j]` compares references i and j."""
-    rows = await registry.resolve_versions(session, asked.references)
+    rows = await registry.resolve_versions(session, asked.references, pooled=True)
     check_same_initialization(rows, mixed=asked.allow_mixed_initializations)
     if asked.metric == "cosine-flat":
         values = await scores.flat_matrix(request, rows)
     else:
         query = Query(label="the matrix", pooled=np.zeros(0, np.float32), initialization=rows[0].initialization)
         measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool)
-        vectors = await pooled_of(session, rows)
+        vectors = pooled_of(rows)
         values = await run_in_threadpool(measure.many_with_many, vectors, vectors)
     order = await run_in_threadpool(_clustered, values)
     if asked.normalize:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 from uuid import UUID
 
 import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
-from sqlalchemy import CTE, ColumnElement, LargeBinary, Uuid, any_, false, func, literal, select, union_all
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    LargeBinary,
+    Select,
+    Text,
+    Uuid,
+    any_,
+    bindparam,
+    false,
+    func,
+    literal,
+    select,
+    union_all,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.concurrency import run_in_threadpool
@@ -108,10 +123,10 @@ async def read_query(
             uploaded=tensor,
         )
     terms = [Term(vector=asked)] if isinstance(asked, str) else asked
-    rows = await queries.resolve_versions(session, [term.vector for term in terms])
+    rows = await queries.resolve_versions(session, [term.vector for term in terms], pooled=True)
     check_same_initialization(rows, mixed=mixed)
     weights = np.array([term.weight for term in terms])
-    pooled = weights @ (await pooled_of(session, rows)).astype(np.float64)
+    pooled = weights @ pooled_of(rows).astype(np.float64)
     if not np.isfinite(pooled.astype(np.float32)).all():
         raise InvalidTensor("with these weights the combination leaves the range of float32")
     return Query(
@@ -182,11 +197,11 @@ async def choose(
 
 async def _given(session: AsyncSession, query: Query, references: Sequence[str], *, mixed: bool) -> Candidates:
     """Exactly these, each once, in their order. Read from Postgres: they may be of several initializations."""
-    rows = list({row.id: row for row in await queries.resolve_versions(session, references)}.values())
+    rows = list({row.id: row for row in await queries.resolve_versions(session, references, pooled=True)}.values())
     check_same_initialization([*query.versions, *rows], first=(query.label, query.initialization), mixed=mixed)
     return Candidates(
         rule=GIVEN_RULE,
-        matrix=await pooled_of(session, rows),
+        matrix=pooled_of(rows),
         ids=as_bytes(row.id for row in rows),
         where=np.ones(len(rows), dtype=bool),
         mixed=[row.initialization for row in rows],
@@ -219,28 +234,12 @@ async def _doubtful(
     session: AsyncSession, query: Query, *, family: UUID | None, allow_same_task: bool
 ) -> dict[UUID, tuple[str, str]]:
     """id -> (reference, reason) of the versions that may not help this query, wherever they are."""
-    own_ids = [row.id for row in query.versions]
-    own = [row.vector_id for row in query.versions]
-    made: ColumnElement[bool] = false()
-    if allow_same_task:
-        doubtful = [select(VersionRow.id).where(VersionRow.id.in_(own_ids))]
-    else:
-        descendants = _descendants(own)
-        made = VersionRow.id.in_(select(descendants.c.version_id))
-        same_task = select(VersionRow.id).join(VersionRow.vector).where(VectorRow.tasks.overlap(query.tasks))
-        if family is not None:
-            same_task = same_task.where(VersionRow.initialization_id == family)
-        doubtful = [  # one statement each, for each has an index of its own
-            select(VersionRow.id).where(VersionRow.vector_id.in_(own)),
-            select(descendants.c.version_id),
-            *([same_task] if query.tasks else []),
-        ]
-    rows = await session.execute(
-        select(VersionRow.id, VersionRow.vector_id, VectorRow.namespace, VectorRow.name, VersionRow.number, made)
-        .join(VersionRow.vector)
-        .where(VersionRow.id.in_(union_all(*doubtful)))
-    )
-    itself = "the target itself" if len(own_ids) == 1 else "a term of the target"
+    own = {row.vector_id for row in query.versions}
+    tasks = query.tasks
+    statement = _what_may_not_help(allow_same_task, in_family=family is not None, with_tasks=bool(tasks))
+    asked = {"own_ids": [row.id for row in query.versions], "own": list(own), "family": family, "tasks": tasks}
+    rows = await session.execute(statement, asked)
+    itself = "the target itself" if len(query.versions) == 1 else "a term of the target"
     return {
         version: (
             f"{namespace}/{name}:{number}",
@@ -250,42 +249,64 @@ async def _doubtful(
     }
 
 
-def _descendants(vectors: Sequence[UUID]) -> CTE:
-    """Every version that was made, over any number of steps, from a version of these names."""
+_OWN_IDS, _OWN = (any_(bindparam(name, type_=ARRAY(Uuid()))) for name in ("own_ids", "own"))
+
+
+@cache  # composing one takes longer than Postgres does
+def _what_may_not_help(
+    allow_same_task: bool, *, in_family: bool, with_tasks: bool
+) -> Select[UUID, UUID, str, str, int, bool]:
+    """(id, vector_id, namespace, name, number, whether made from the target), the target's parts as parameters."""
+    made: ColumnElement[bool] = false()
+    if allow_same_task:
+        doubtful = [select(VersionRow.id).where(VersionRow.id == _OWN_IDS)]
+    else:
+        descendants = _descendants()
+        made = VersionRow.id.in_(select(descendants.c.version_id))
+        tasks = bindparam("tasks", type_=ARRAY(Text()))
+        same_task = select(VersionRow.id).join(VersionRow.vector).where(VectorRow.tasks.overlap(tasks))
+        if in_family:
+            same_task = same_task.where(VersionRow.initialization_id == bindparam("family", type_=Uuid()))
+        doubtful = [  # one statement each, for each has an index of its own
+            select(VersionRow.id).where(VersionRow.vector_id == _OWN),
+            select(descendants.c.version_id),
+            *([same_task] if with_tasks else []),
+        ]
+    return (
+        select(VersionRow.id, VersionRow.vector_id, VectorRow.namespace, VectorRow.name, VersionRow.number, made)
+        .join(VersionRow.vector)
+        .where(VersionRow.id.in_(union_all(*doubtful)))
+    )
+
+
+def _descendants() -> CTE:
+    """Every version that was made, over any number of steps, from a version of the target's own names."""
     made = (
         select(ParentRow.version_id)
         .join(VersionRow, VersionRow.id == ParentRow.parent_id)
-        .where(VersionRow.vector_id.in_(vectors))
+        .where(VersionRow.vector_id == _OWN)
         .cte("made", recursive=True)
     )
     return made.union(select(ParentRow.version_id).join(made, ParentRow.parent_id == made.c.version_id))
 
 
-async def pooled_of(session: AsyncSession, rows: Sequence[VersionRow]) -> Float32:
-    """Pooled vectors (n, d) of versions, in their order."""
-    found = await session.execute(
-        select(VersionRow.id, VersionRow.pooled).where(VersionRow.id.in_([row.id for row in rows]))
-    )
-    by_id: dict[UUID, Any] = dict(found.all())
+def pooled_of(rows: Sequence[VersionRow]) -> Float32:
+    """Pooled vectors (n, d) of versions that were resolved with them, in their order."""
     width = rows[0].initialization.token_dim if rows else 0
-    return np.array([by_id[row.id] for row in rows], dtype=np.float32).reshape(-1, width)
+    return np.array([row.pooled for row in rows], dtype=np.float32).reshape(-1, width)
+
+
+#: One parameter, where `in` has one for each id.
+_NAMED = (
+    select(VersionRow.id, VectorRow.namespace, VectorRow.name, VersionRow.number, VectorRow.tasks, VectorRow.task_type)
+    .join(VersionRow.vector)
+    .where(VersionRow.id == any_(bindparam("ids", type_=ARRAY(Uuid()))))
+)
 
 
 async def named(session: AsyncSession, ids: Iterable[Any]) -> dict[bytes, Named]:
     """What answers show of versions, by the 16 bytes of their ids."""
-    wanted = [UUID(bytes=bytes(key)) for key in ids]
-    rows = await session.execute(
-        select(
-            VersionRow.id,
-            VectorRow.namespace,
-            VectorRow.name,
-            VersionRow.number,
-            VectorRow.tasks,
-            VectorRow.task_type,
-        )
-        .join(VersionRow.vector)
-        .where(_among(wanted))
-    )
+    rows = await session.execute(_NAMED, {"ids": [UUID(bytes=bytes(key)) for key in ids]})
     return {
         version.bytes: Named(f"{namespace}/{name}:{number}", tasks, task_type)
         for version, namespace, name, number, tasks, task_type in rows
@@ -298,8 +319,3 @@ def _rows_of(base: Candidates, ids: Iterable[UUID]) -> dict[UUID, int]:
         return {UUID(bytes=bytes(base.ids[row])): row for row in rows.tolist()}
     wanted = {version.bytes: version for version in ids}
     return {wanted[key]: i for i, key in enumerate(map(bytes, base.ids)) if key in wanted}
-
-
-def _among(ids: Iterable[UUID]) -> ColumnElement[bool]:
-    """The versions with these ids, any number of them: one parameter, where `in` has one for each."""
-    return VersionRow.id == any_(literal(list(ids), ARRAY(Uuid())))

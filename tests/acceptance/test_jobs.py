@@ -341,8 +341,8 @@ def worker_of(stack: tuple[str, int]) -> psutil.Process:
 
 
 def attempts_of(worker: psutil.Process) -> list[psutil.Process]:
-    """The processes that train: children of the server that they are forked from."""
-    return [attempt for server in worker.children() for attempt in server.children()]
+    """The processes that train: children of those that hold a model, which are children of a server."""
+    return [attempt for server in worker.children() for host in server.children() for attempt in host.children()]
 
 
 def gone(process: psutil.Process) -> bool:

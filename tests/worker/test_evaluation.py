@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,3 +54,28 @@ def test_majority_answers_with_the_most_frequent_training_target() -> None:
     train = [Row("", target) for target in ("no", "yes", "yes", "no", "maybe")]
     baseline = majority(train, [Row("", target) for target in ("no", "yes", "no ", "maybe")])
     assert (baseline.value, baseline.n, baseline.predictions) == (0.5, 4, ["no"] * 4)
+
+
+@pytest.mark.parametrize("label_words", [("yes", "no"), None])
+def test_where_memory_runs_out_fewer_rows_are_read_at_a_time(
+    backbone: Backbone,
+    prompt: Tensor,
+    rows: list[Row],
+    label_words: tuple[str, ...] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    examples = backbone.tokenize(rows, OPTIONS, len(prompt))
+    whole = evaluate(backbone, prompt, examples, label_words=label_words, options=OPTIONS)
+    for name in ("label_scores", "generate"):
+        read = getattr(backbone, name)
+
+        def small(prompt: Tensor, batch: list[Row], limit: object, read: Any = read, fits: int = 2) -> object:
+            if len(batch) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return read(prompt, batch, limit)
+
+        monkeypatch.setattr(backbone, name, small)
+    assert evaluate(backbone, prompt, examples, label_words=label_words, options=OPTIONS) == whole
+    monkeypatch.setattr(backbone, "label_scores" if label_words else "generate", partial(small, fits=0))
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(backbone, prompt, examples, label_words=label_words, options=OPTIONS)

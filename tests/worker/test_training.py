@@ -15,7 +15,7 @@ from tpv.files import fingerprint
 from tpv.methods import DtvgOptions, PromptTuningOptions, TpvSumOptions, TrainingOptions
 from tpv_worker.backbone import Backbone, Prompt, Reading
 from tpv_worker.data import Example, Row, Task
-from tpv_worker.errors import DataError, OptionsError, TrainingDiverged
+from tpv_worker.errors import DataError, OptionsError, OutOfMemory, TrainingDiverged
 from tpv_worker.evaluation import evaluate
 from tpv_worker.methods import Dtvg, Given, PromptTuning, Snapshot, TuningMethod
 from tpv_worker.training import LOG_EVERY, TrainingResult, rate, train
@@ -147,6 +147,60 @@ def test_a_batch_in_parts_is_the_whole_batch(backbone: Backbone, prompt: Tensor,
         assert other.loss == pytest.approx(whole.loss, rel=1e-5)
         assert other.groups == whole.groups
         torch.testing.assert_close(prompt_of(other), prompt_of(whole), rtol=0, atol=1e-4)
+
+
+class Small(PromptTuning):
+    """Trains where no more than so many rows fit, in the memory that is there from a step on."""
+
+    def __init__(
+        self, backbone: Backbone, initialization: Tensor, fits: int, *, since: int = 1, **options: Any
+    ) -> None:
+        given = Given(backbone=backbone, initialization=initialization)
+        super().__init__(PromptTuningOptions(**{**OPTIONS, **options}), given)
+        self.fits, self.since, self.steps = fits, since, 0
+
+    def prompt(self) -> Tensor:
+        self.steps += 1
+        return self.P * 1  # a graph of its own, which the tries of a step have in common
+
+    def loss(self, backbone: Backbone, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
+        loss = super().loss(backbone, prompt, batch)
+        if self.steps >= self.since and len(batch) > self.fits:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        return loss
+
+
+def test_where_memory_runs_out_a_batch_is_computed_in_more_parts(
+    backbone: Backbone, prompt: Tensor, rows: list[Row]
+) -> None:
+    events: list[dict[str, Any]] = []
+    few = {"steps": 5, "learning_rate": 0.01}
+    found = run(backbone, Small(backbone, prompt, 2, since=3, **few), rows, [], report=events.append)
+    whole = run(backbone, prompt_tuning(backbone, prompt, **few), rows, [])
+    torch.testing.assert_close(prompt_of(found), prompt_of(whole), rtol=0, atol=1e-4)
+    assert [(event["step"], event["message"]) for event in events if event["type"] == "warning"] == [
+        (3, "out of memory: from now on a batch is computed in 2 parts"),
+        (3, "out of memory: from now on a batch is computed in 4 parts"),
+    ]
+    from_the_start = run(backbone, Small(backbone, prompt, 2), rows, [])
+    in_parts = run(backbone, prompt_tuning(backbone, prompt, accumulation=4), rows, [])
+    assert torch.equal(prompt_of(from_the_start), prompt_of(in_parts)), "nothing of the failed tries may be left"
+
+
+def test_a_row_that_does_not_fit_is_the_end(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    with pytest.raises(OutOfMemory, match=r"out of memory at step 2: not even one row \(of up to \d+ tokens") as raised:
+        run(backbone, Small(backbone, prompt, 0, since=2), rows, [])
+    assert raised.value.reason == "out-of-memory"
+
+
+def test_other_errors_are_no_lack_of_memory(backbone: Backbone, prompt: Tensor, rows: list[Row]) -> None:
+    class Broken(PromptTuning):
+        def loss(self, *arguments: Any) -> Tensor:
+            raise RuntimeError("shapes do not match")
+
+    method = Broken(PromptTuningOptions(**OPTIONS), Given(backbone=backbone, initialization=prompt))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(backbone, method, rows, [])
 
 
 def test_the_first_step_with_a_loss_that_is_no_number_is_named(

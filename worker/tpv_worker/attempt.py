@@ -38,7 +38,7 @@ from tpv.schemas.jobs import (
     ResultReport,
 )
 from tpv.vectors import Float32
-from tpv_worker import initialization, lab
+from tpv_worker import initialization, lab, memory
 from tpv_worker.backbone import Backbone, Prompt, model_digest
 from tpv_worker.checkpoints import Drained, StoredCheckpoints
 from tpv_worker.data import Dataset, Example, Row, Task, few_shot, read_rows
@@ -62,21 +62,55 @@ class VerificationFailed(JobError):
 PATIENT = Retries(times=60, longest=10.0)  #: about ten minutes: hours of training are worth the wait for a store
 
 
-def run_attempt(settings: Settings, started: AttemptStarted) -> None:
+THREADS = torch.get_num_threads()  #: what torch thinks right here
+
+
+class LoadedModel:
+    """The base model in a process that attempts are forked from: on the CPU, and in the threads of nobody.
+
+    What goes wrong with it is raised in the attempt that asks for it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
+        disable_progress_bar()  # type: ignore[no-untyped-call] # it has a thread too
+        self.settings = settings
+        self._files: object = None
+        self._loaded: tuple[Backbone, BaseModelFacts] | Exception
+
+    def load(self, model: BaseModelReference) -> None:
+        """Loads it, unless it is there already and its files have not changed."""
+        try:
+            where = locate_model(model, self.settings.model_directories)
+            files = files_of(where, model.revision)
+            if files is None or files != self._files:
+                self._files = None
+                backbone = Backbone.load(where, revision=model.revision)
+                self._loaded = backbone, facts_of(backbone, where, model.revision)
+                self._files = files
+        except Exception as error:
+            self._loaded = error
+
+    def get(self) -> tuple[Backbone, BaseModelFacts]:
+        if isinstance(self._loaded, Exception):
+            raise self._loaded
+        return self._loaded
+
+
+def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel) -> None:
     """Does the work and reports how it ended; exits with TRY_AGAIN when it cannot report."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the worker, which ends this process when it must
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     threading.Thread(target=_end_with_worker, daemon=True).start()
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads or THREADS)
     token = settings.token.get_secret_value() if settings.token else None
     with Client(settings.url, token, retries=PATIENT) as client:
         events = Events(client, started)
         try:
             try:
-                result = Attempt(client, started, settings, events, stopping).run()
+                memory.limit(settings)
+                result = Attempt(client, started, settings, events, stopping).run(model)
                 events.flush()
                 client.jobs.complete(started.job, started.number, result)
             except (StaleAttempt, JobFinished, ConnectionFailed, Unavailable):
@@ -102,7 +136,7 @@ def failure_of(error: Exception) -> FailureReport:
             reason = cast("Reason", error.reason)
         case Drained():
             reason = "drained"
-        case MemoryError() | torch.OutOfMemoryError():
+        case _ if memory.has_run_out(error):
             reason = "out-of-memory"
         case ProblemError():  # the registry does not give what the job was promised, or does not take the result
             reason = "conflict"
@@ -126,20 +160,13 @@ class Attempt:
     def spec(self) -> JobSpec:
         return self.started.spec
 
-    def run(self) -> ResultReport:
+    def run(self, model: LoadedModel) -> ResultReport:
         """The result, verified, and everything it is made of staged."""
-        self.events.phase("loading the model")
-        where = locate_model(self.spec.base_model, self.settings.model_directories)
+        backbone, facts = model.get()
+        check_facts(self.spec.base_model, expected=self.spec.base_model_facts, found=facts)
         # What P_init is drawn from, and weights that are trained themselves, are not rounded.
         exact = self.spec.method in ("initialize", "full")
-        backbone = Backbone.load(
-            where,
-            revision=self.spec.base_model.revision,
-            device=self.settings.device,
-            precision="float32" if exact else self.spec.options.get("precision", "auto"),
-        )
-        facts = facts_of(backbone, where, self.spec.base_model.revision)
-        check_facts(self.spec.base_model, expected=self.spec.base_model_facts, found=facts)
+        backbone.place(self.settings.device, "float32" if exact else self.spec.options.get("precision", "auto"))
         if self.spec.method == "initialize":
             return self.initialize(backbone, facts)
         return self.tune(backbone, facts)
@@ -375,6 +402,13 @@ def locate_model(model: BaseModelReference, allowed: Sequence[Path]) -> str:
             f"{', '.join(map(str, allowed)) or 'no directories'} (TPV_MODEL_DIRECTORIES)"
         )
     return str(resolved)
+
+
+def files_of(where: str, revision: str | None) -> object:
+    """What tells whether a model is still what it was; None when nothing does: a branch of the hub may move."""
+    if Path(where).is_dir():
+        return sorted((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in Path(where).iterdir())
+    return revision if revision and len(revision) == 40 else None
 
 
 def facts_of(backbone: Backbone, where: str, revision: str | None) -> BaseModelFacts:

@@ -116,7 +116,6 @@ class Backbone(ABC):
         losses are float32 in any case. Code that comes with a model is never run; a local directory needs no network.
         Raises ModelError when it cannot be loaded, or is of a kind that takes no soft prompt here.
         """
-        device = torch.device(device)
         where: dict[str, Any] = {"revision": revision, "local_files_only": Path(path_or_id).is_dir()}
         loading = {"dtype": torch.float32, "output_loading_info": True, **where}
         try:
@@ -134,11 +133,17 @@ class Backbone(ABC):
             raise ModelError(f"the weights of {path_or_id} lack {len(info['missing_keys'])} tensors: {missing}")
         backbone = kind(model, tokenizer)
         backbone.probe()
-        if precision == "bfloat16" or (precision == "auto" and _computes_bfloat16(device)):
-            backbone.embedding_digest()  # of what is rounded away now
-            model.to(torch.bfloat16)
-        model.to(device)
+        backbone.place(device, precision)
         return backbone
+
+    def place(self, device: str | torch.device, precision: Precision) -> None:
+        """Takes the weights, loaded as float32, to a device, in the precision that is asked for."""
+        device = torch.device(device)
+        if precision == "bfloat16" or (precision == "auto" and _computes_bfloat16(device)):
+            self.embedding_digest()  # of what is rounded away now
+            self.model.to(device, torch.bfloat16)
+        else:
+            self.model.to(device)
 
     @property
     def device(self) -> torch.device:

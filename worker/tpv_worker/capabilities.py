@@ -19,10 +19,10 @@ def capabilities(settings: Settings) -> WorkerReport:
     return WorkerReport(
         name=settings.name,
         device=settings.device,
-        memory=_memory(settings.device),
+        memory=min(filter(None, (_memory(settings.device), settings.memory_limit)), default=None),
         dtypes=_dtypes(settings.device),
         models=_models(settings.model_directories),
-        concurrency=settings.concurrency,
+        concurrency=settings.concurrency or len(devices(settings.device)),
         queues=settings.queues,
         versions={
             "tpv-registry": tpv.__version__,
@@ -32,10 +32,19 @@ def capabilities(settings: Settings) -> WorkerReport:
     )
 
 
+def devices(device: str) -> list[str]:
+    """The devices that attempts are given: `cuda` is every GPU that CUDA_VISIBLE_DEVICES shows to this process."""
+    if device != "cuda":
+        return [device]
+    if not torch.cuda.device_count():
+        raise RuntimeError("there is no GPU here that this process may use")
+    return [f"cuda:{place}" for place in range(torch.cuda.device_count())]
+
+
 def _memory(device: str) -> int | None:
     """Bytes of the device; of a CPU those of the machine, or of the container where that has less."""
     if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
+        return min(torch.cuda.get_device_properties(each).total_memory for each in devices(device))
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     container = Path("/sys/fs/cgroup/memory.max")
     if container.exists() and (limit := container.read_text().strip()).isdigit():

@@ -42,3 +42,16 @@ class TrainingDiverged(JobError):
     def __init__(self, step: int, what: str) -> None:
         super().__init__(f"training diverged: the {what} is no finite number at step {step}; lower the learning rate")
         self.step = step
+
+
+class OutOfMemory(JobError):
+    """Not even one row at a time fits the memory; `tokens` are those of the longest row of that step."""
+
+    reason = "out-of-memory"
+
+    def __init__(self, step: int, tokens: int) -> None:
+        super().__init__(
+            f"out of memory at step {step}: not even one row (of up to {tokens} tokens, and the soft prompt) fits; "
+            "lower max_source_tokens, or ask for a worker with more memory (min_memory)"
+        )
+        self.step, self.tokens = step, tokens

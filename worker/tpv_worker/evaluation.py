@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from tpv.methods import TrainingOptions
-from tpv_worker import parallel
+from tpv_worker import memory, parallel
 from tpv_worker.backbone import Backbone, Prompt
 from tpv_worker.data import Example, Row
 
@@ -37,21 +37,32 @@ def evaluate(
     """Accuracy of a prompt on tokenized rows.
 
     With label words the prediction is the most likely of them. Without, it is the text that greedy decoding writes,
-    and it counts when it equals the target, both stripped of surrounding white space.
+    and it counts when it equals the target, both stripped of surrounding white space. Where `batch_size` rows do not
+    fit the memory, fewer are read at a time.
     """
     labels = backbone.label_tokens(label_words or (), options)
+
+    def predict(batch: Sequence[Example]) -> list[str]:
+        try:
+            if label_words:
+                best = backbone.label_scores(prompt, batch, labels).argmax(dim=1).tolist()
+                return [label_words[i] for i in best]
+            # One token more than a target has, so that a text which only begins like the target is not cut to it.
+            return backbone.generate(prompt, batch, options.max_target_tokens + 1)
+        except Exception as error:
+            if len(batch) == 1 or not memory.has_run_out(error):
+                raise
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        return predict(batch[:half]) + predict(batch[half:])
+
     # Rows of about equal length together: the answer does not depend on padding, the time does.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].source))
     found: dict[int, str] = {}
     rank, size = parallel.place()
     for start in range(rank * options.batch_size, len(order), size * options.batch_size):
         indices = order[start : start + options.batch_size]
-        batch = [examples[i] for i in indices]
-        if label_words:
-            best = backbone.label_scores(prompt, batch, labels).argmax(dim=1).tolist()
-            texts = [label_words[i] for i in best]
-        else:  # one token more than a target has, so that a text which only begins like the target is not cut to it
-            texts = backbone.generate(prompt, batch, options.max_target_tokens + 1)
+        texts = predict([examples[i] for i in indices])
         found |= {i: text.strip() for i, text in zip(indices, texts, strict=True)}
     found = {i: text for part in parallel.gathered(found) for i, text in part.items()}
     predictions = [found[i] for i in range(len(examples))]

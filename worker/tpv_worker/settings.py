@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from platformdirs import user_cache_path
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -34,11 +34,10 @@ class Settings(BaseSettings):
     data_cache: Path = Field(default_factory=lambda: user_cache_path("tpv", appauthor=False) / "splits")
 
     queues: Annotated[list[str] | None, NoDecode, _split(",")] = None  #: none: every queue
-    concurrency: int = Field(1, ge=1)  #: attempts at a time
-    device: str = "cpu"
+    concurrency: int | None = Field(None, ge=1)  #: attempts at a time; none: one for each device
+    device: str = "cpu"  #: cuda:0, say; cuda: every GPU that is visible
     checkpoint_every: timedelta = timedelta(minutes=1)  #: what a lost attempt costs at most, and one step
+    memory_limit: ByteSize | None = Field(None, ge=1)  #: of one attempt, on its device; none: all there is
     threads: int | None = Field(None, ge=1)  #: of torch in one attempt; none: as many as torch thinks right
     name: str = Field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}", max_length=256)
-    # What a running attempt has to end after SIGTERM. Less than the service's TPV_STALLED_AFTER: a worker that ends
-    # sends no heartbeat any more.
-    grace: timedelta = timedelta(seconds=10)
+    grace: timedelta = timedelta(seconds=10)  #: that attempts have to end after SIGTERM; training ends after its step

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from tpv.methods import TrainingOptions
-from tpv_worker import parallel
-from tpv_worker.backbone import Backbone
+from tpv_worker import memory, parallel
+from tpv_worker.backbone import Backbone, Prompt
 from tpv_worker.checkpoints import Checkpoints, State, load_optimizer, optimizer_tensors
-from tpv_worker.data import Task, batches
-from tpv_worker.errors import DataError, TrainingDiverged
+from tpv_worker.data import Example, Task, batches
+from tpv_worker.errors import DataError, OutOfMemory, TrainingDiverged
 from tpv_worker.evaluation import evaluate
 
 if TYPE_CHECKING:  # methods may import this module: some train before they are trained
@@ -49,6 +49,7 @@ class TrainingResult:
 class Course(BaseModel):
     """What a run has come to after a step, beside tensors."""
 
+    accumulation: int  #: parts of a batch
     step: int = 0  #: counted from 1; 0: before the first one
     running: float | None = None  #: mean of the training loss
     members: tuple[int, ...] | None = None  #: of the group, in the last step
@@ -85,14 +86,15 @@ def train(
     ends the run, and when a NaN is found. Nothing else waits for the device.
 
     A batch is computed in `accumulation` parts, whose losses are weighted by their target tokens: the result is that of
-    the whole batch. Processes that train together (`tpv_worker.parallel`) share each batch in the same way.
+    the whole batch. When memory runs out there are twice as many parts from then on, down to one row each. Processes
+    that train together (`tpv_worker.parallel`) share each batch in the same way.
 
     After a step `checkpoints` may ask for the run's state. A run that goes on from one does what the run that wrote it
     would have done, on a CPU to the bit; its method is told so by `resume`, in the place of `prepare`.
 
     `report` gets {"type": "progress", step, steps, loss, learning_rate}, {"type": "group", step, members} and
     {"type": "evaluation", step, metric, value}; what it raises ends the run.
-    Raises DataError and OptionsError before the first step, TrainingDiverged during the run.
+    Raises DataError and OptionsError before the first step, TrainingDiverged and OutOfMemory during the run.
     """
     clock, cpu_clock = time.perf_counter(), time.process_time()
     if not tasks:
@@ -126,7 +128,7 @@ def train(
         limit=getattr(options, "mixing_limit", None),
     )
 
-    run, best = Course(), None
+    run, best = Course(accumulation=options.accumulation), None
     if found is not None:
         run, best = load_state(found, method, optimizer)
         clock, cpu_clock = clock - run.wall_seconds, cpu_clock - run.cpu_seconds
@@ -170,21 +172,28 @@ def train(
         for group, full_rate in zip(optimizer.param_groups, full_rates, strict=True):
             group["lr"] = slowed * full_rate
 
-        prompt = method.prompt()
-        shares = parallel.shares([examples[i] for i in chosen], options.accumulation)
-        losses = []
-        for part, share in shares:
-            loss = share * method.loss(backbone, prompt, part)
-            # The parts have the prompt's own graph in common; the model's is gone with the loss.
-            loss.backward(retain_graph=len(shares) > 1)  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
+        prompt, batch, loss = method.prompt(), [examples[i] for i in chosen], None
+        while loss is None:
+            try:
+                loss = backward(backbone, method, prompt, batch, run.accumulation)
+            except Exception as error:
+                if not memory.has_run_out(error):
+                    raise
+                if run.accumulation >= len(batch):
+                    raise OutOfMemory(step, max(len(row.source) + len(row.target) for row in batch)) from error
+            if loss is None:  # what the failed try held is free only now that its error is gone
+                optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                run.accumulation = min(2 * run.accumulation, len(batch))
+                message = f"out of memory: from now on a batch is computed in {run.accumulation} parts"
+                report({"type": "warning", "step": step, "message": message})
         parallel.sum_gradients(parameters)
         if options.clip_norm is not None:
             clip_grad_norm_(parameters, options.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # None, not zero: AdamW then leaves an unused parameter alone
 
-        recent.append(torch.stack(losses).sum())
+        recent.append(loss)
         if method.members is not None and method.members != run.members:
             run.members = method.members
             run.groups.append((step, run.members))
@@ -231,6 +240,20 @@ def train(
         wall_seconds=time.perf_counter() - clock,
         cpu_seconds=time.process_time() - cpu_clock,
     )
+
+
+def backward(
+    backbone: Backbone, method: TuningMethod, prompt: Prompt, batch: Sequence[Example], accumulation: int
+) -> Tensor:
+    """The loss of a batch that is computed in parts, a scalar; its gradients are in the parameters then."""
+    shares = parallel.shares(batch, accumulation)
+    losses = []
+    for part, share in shares:
+        loss = share * method.loss(backbone, prompt, part)
+        # The parts have the prompt's own graph in common; the model's is gone with the loss.
+        loss.backward(retain_graph=len(shares) > 1)  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
 
 def state_of(run: Course, best: Snapshot | None, method: TuningMethod, optimizer: torch.optim.Optimizer) -> State:

@@ -1,8 +1,8 @@
 """The worker process: takes jobs from the queue and gives each attempt a child process of its own.
 
-This process never imports torch. Its children are forked from a server process that has imported it once, so that an
-attempt starts in milliseconds, and whatever it does to itself takes nobody else along. That server never touches CUDA:
-a forked process could not use it any more.
+This process never imports torch. Its children are forked from processes that have imported it, and loaded the model,
+once (`tpv_worker.hosts`), so that an attempt starts in milliseconds, and whatever it does to itself takes nobody else
+along.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import asyncio
 import multiprocessing
 import signal
 import threading
-from collections.abc import Coroutine, Iterable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any
+from multiprocessing.context import ForkServerContext
+from typing import Any, NamedTuple
 
 import structlog
 from procrastinate import App, JobContext, PsycopgConnector
@@ -26,6 +27,7 @@ from tpv import AsyncClient
 from tpv.errors import JobFinished, NotNow, StaleAttempt, TpvError
 from tpv.schemas.jobs import AttemptStarted, FailureReport
 from tpv.schemas.workers import WorkerReport
+from tpv_worker.hosts import Hosts, Running
 from tpv_worker.settings import Settings
 
 log = structlog.get_logger()
@@ -52,7 +54,10 @@ class ServiceLost(TpvError):
 
 
 async def run_worker(settings: Settings) -> None:
-    """Works until SIGTERM or SIGINT; a running attempt then has the grace time to end."""
+    """Works until SIGTERM or SIGINT. What trains then ends after its step, kept for another worker to go on with.
+
+    What loads, verifies or reports at that moment has the grace time to end.
+    """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -60,19 +65,40 @@ async def run_worker(settings: Settings) -> None:
     processes.set_forkserver_preload(PRELOAD)
     token = settings.token.get_secret_value() if settings.token else None
     async with AsyncClient(settings.url, token, retries=10) as client:
-        app = create_app(settings, client, processes)
         described = asyncio.create_task(_warm_up(processes, settings))
         if await _stopped_before(stop, asyncio.wait([described])):
             return
-        log.info("worker is ready", name=settings.name, queues=settings.queues or "all", device=settings.device)
-        reporting = asyncio.create_task(_report_for_ever(client, described.result(), stop))
-        while not stop.is_set():
-            async with app.open_async():
-                await _take_jobs(app, settings, stop)
+        slots = Slots(described.result().devices, settings.concurrency)
+        report = described.result().report
+        log.info("worker is ready", name=settings.name, queues=settings.queues or "all", devices=slots.devices)
+        reporting = asyncio.create_task(_report_for_ever(client, report, stop))
+        with closing(Hosts(processes, settings)) as hosts:
+            app = create_app(settings, client, hosts, slots, stop)
+            while not stop.is_set():
+                async with app.open_async():
+                    await _take_jobs(app, settings, slots.count, hosts, stop)
         reporting.cancel()
         with suppress(TimeoutError):
             async with asyncio.timeout(2):
-                await _report(client, described.result().model_copy(update={"state": "gone"}))
+                await _report(client, report.model_copy(update={"state": "gone"}))
+
+
+class Slots:
+    """Which device an attempt gets: the one with the fewest, the first one on ties."""
+
+    def __init__(self, devices: Sequence[str], concurrency: int | None) -> None:
+        """One attempt at a time for each of the devices, unless the concurrency says another number for all."""
+        self.devices, self.count = devices, concurrency or len(devices)
+        self._used = Counter[str]()
+
+    @contextmanager
+    def take(self) -> Iterator[str]:
+        device = min(self.devices, key=lambda device: self._used[device])
+        self._used[device] += 1
+        try:
+            yield device
+        finally:
+            self._used[device] -= 1
 
 
 async def _report_for_ever(client: AsyncClient, report: WorkerReport, stop: asyncio.Event) -> None:
@@ -90,12 +116,12 @@ async def _report(client: AsyncClient, report: WorkerReport) -> None:
         log.warning("cannot report to the service", error=str(error))
 
 
-async def _take_jobs(app: App, settings: Settings, stop: asyncio.Event) -> None:
+async def _take_jobs(app: App, settings: Settings, concurrency: int, hosts: Hosts, stop: asyncio.Event) -> None:
     """Runs Procrastinate's worker until `stop`, or until it has lost the database for good."""
     working = asyncio.create_task(
         app.run_worker_async(
             queues=settings.queues,  # type: ignore[arg-type] # None, for every queue, is missing in their type
-            concurrency=settings.concurrency,
+            concurrency=concurrency,
             name=settings.name,
             # When it starts, a worker removes the entries of those that were silent for so long, and with them what
             # one that was suspended needs to be seen again. Who is lost is the service's to say.
@@ -107,6 +133,8 @@ async def _take_jobs(app: App, settings: Settings, stop: asyncio.Event) -> None:
     )
     if await _stopped_before(stop, asyncio.wait([working])):
         working.cancel()  # this asks it to end: it takes no further job, waits for the grace time, then cancels
+        for attempt in hosts.running():
+            attempt.terminate()
     try:
         await working
     except asyncio.CancelledError:
@@ -117,14 +145,14 @@ async def _take_jobs(app: App, settings: Settings, stop: asyncio.Event) -> None:
     await _stopped_before(stop, asyncio.sleep(1))
 
 
-def create_app(settings: Settings, client: AsyncClient, processes: ForkServerContext) -> App:
+def create_app(settings: Settings, client: AsyncClient, hosts: Hosts, slots: Slots, stop: asyncio.Event) -> App:
     """The queue as a worker sees it, with the one task that it knows."""
     app = App(
         connector=_PatientConnector(
             conninfo=settings.queue_url.get_secret_value(),
             kwargs={"options": f"-c search_path={QUEUE_SCHEMA}"},
             min_size=0,  # a worker starts without a database too
-            max_size=settings.concurrency + 2,
+            max_size=slots.count + 2,
             timeout=PATIENCE,
         )
     )
@@ -136,45 +164,53 @@ def create_app(settings: Settings, client: AsyncClient, processes: ForkServerCon
             started = await client.jobs.start_attempt(job, settings.name, context.job.id)
         except (JobFinished, NotNow, StaleAttempt):
             return
-        process = processes.Process(target=_attempt, args=(settings, started), daemon=True)
-        process.start()
-        try:
-            await _end_of(process)
-        finally:  # also when the job was cancelled, or the grace time is over
-            process.kill()
-        if process.exitcode == TRY_AGAIN:
+        with slots.take() as device:
+            attempt = hosts.start(started, device)
+            try:
+                status = await _status_of(attempt, app, context.job.worker_id, stop)
+            except asyncio.CancelledError:  # the job was cancelled, or the grace time is over
+                attempt.kill()
+                if stop.is_set():
+                    message = (
+                        f"the worker has stopped; the attempt did not end within {settings.grace.total_seconds():g} s"
+                    )
+                    await _fail(client, started, FailureReport(reason="drained", message=message))
+                raise
+        if status == TRY_AGAIN:
             raise ServiceLost(f"job {job} could not report to {client.url}")
-        if process.exitcode != 0:
-            await _report_death(client, started, process.exitcode or 0)
+        if status != 0:
+            await _fail(client, started, _death(status, stopping=stop.is_set()))
 
     return app
 
 
-def _attempt(settings: Settings, started: AttemptStarted) -> None:
-    from tpv_worker.attempt import run_attempt  # preloaded where this runs
-
-    run_attempt(settings, started)
-
-
-async def _end_of(process: ForkServerProcess) -> None:
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(process.sentinel, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(process.sentinel)
-    process.join()
+async def _status_of(attempt: Running, app: App, worker: int | None, stop: asyncio.Event) -> int:
+    """How it has ended. A worker that stops sends no heartbeat of its own any more, and is not to be given up."""
+    if not await _stopped_before(stop, asyncio.wait([attempt.status])):
+        return attempt.status.result()
+    attempt.terminate()
+    while worker is not None and not attempt.status.done():
+        with suppress(ConnectorException):
+            await app.job_manager.update_heartbeat(worker)
+        await asyncio.wait([attempt.status], timeout=HEARTBEAT)
+    return await attempt.status
 
 
-async def _report_death(client: AsyncClient, started: AttemptStarted, status: int) -> None:
-    """Speaks for a child that died without a word."""
+def _death(status: int, *, stopping: bool) -> FailureReport:
+    """What is known of a process that has ended without a word."""
+    if stopping and status == -signal.SIGTERM:  # it had not begun to listen
+        return FailureReport(reason="drained", message="the worker has stopped before the attempt could begin")
     if status < 0:
-        hint = "; the system does this when memory runs out" if status == -signal.SIGKILL else ""
-        message = f"the training process was ended by signal {signal.Signals(-status).name}{hint}"
-        failure = FailureReport(reason="killed", message=message)
-    else:
-        message = f"the training process ended with exit status {status}; see the worker's log"
-        failure = FailureReport(reason="crashed", message=message)
+        message = f"the training process was ended by signal {signal.Signals(-status).name}"
+        if status == -signal.SIGKILL:
+            message += ", often the system's answer when memory runs out"
+        return FailureReport(reason="killed", message=message)
+    message = f"the training process ended with exit status {status}; see the worker's log"
+    return FailureReport(reason="crashed", message=message)
+
+
+async def _fail(client: AsyncClient, started: AttemptStarted, failure: FailureReport) -> None:
+    """Speaks for an attempt that cannot."""
     log.warning("attempt died", job=str(started.job), attempt=started.number, message=failure.message)
     with suppress(JobFinished, StaleAttempt):  # it had reported, or was given up
         await client.jobs.fail(started.job, started.number, failure)
@@ -183,7 +219,12 @@ async def _report_death(client: AsyncClient, started: AttemptStarted, status: in
 # --- Processes and patience ------------------------------------------------------------------------------------------
 
 
-async def _warm_up(processes: ForkServerContext, settings: Settings) -> WorkerReport:
+class Described(NamedTuple):
+    report: WorkerReport
+    devices: Sequence[str]  #: such as cuda:0; at least one
+
+
+async def _warm_up(processes: ForkServerContext, settings: Settings) -> Described:
     """Starts the server that attempts are forked from; gives what its first child finds out when all is imported."""
     warm, loop = asyncio.Event(), asyncio.get_running_loop()
     receiving, sending = processes.Pipe(duplex=False)
@@ -198,13 +239,13 @@ async def _warm_up(processes: ForkServerContext, settings: Settings) -> WorkerRe
     await warm.wait()
     if not receiving.poll():
         raise TpvError(f"cannot use the device {settings.device!r}; see the lines above")
-    return WorkerReport.model_validate_json(receiving.recv_bytes())
+    return Described(*receiving.recv())
 
 
 def _describe(settings: Settings, connection: Connection) -> None:
-    from tpv_worker.capabilities import capabilities  # preloaded where this runs
+    from tpv_worker.capabilities import capabilities, devices  # preloaded where this runs
 
-    connection.send_bytes(capabilities(settings).model_dump_json().encode())
+    connection.send((capabilities(settings), devices(settings.device)))
 
 
 async def _stopped_before(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:

@@ -1,0 +1,30 @@
+"""What the worker process decides by itself."""
+
+from __future__ import annotations
+
+from tpv_worker.worker import Slots, _death
+
+
+def test_each_device_has_one_attempt_at_a_time() -> None:
+    slots = Slots(["cuda:0", "cuda:1"], None)
+    assert slots.count == 2
+    with slots.take() as first:
+        with slots.take() as second:
+            assert (first, second) == ("cuda:0", "cuda:1")
+        with slots.take() as third:
+            assert third == "cuda:1"
+    with slots.take() as fourth:
+        assert fourth == "cuda:0"
+
+
+def test_more_attempts_are_spread_over_the_devices() -> None:
+    slots = Slots(["cuda:0", "cuda:1"], 4)
+    assert slots.count == 4
+    with slots.take() as one, slots.take() as two, slots.take() as three, slots.take() as four:
+        assert [one, two, three, four] == ["cuda:0", "cuda:1"] * 2
+
+
+def test_no_more_is_said_of_a_death_than_is_known() -> None:
+    assert _death(-9, stopping=False).message.startswith("the training process was ended by signal SIGKILL, often")
+    assert [_death(status, stopping=False).reason for status in (-9, -15, -11, 1)] == [*["killed"] * 3, "crashed"]
+    assert [_death(status, stopping=True).reason for status in (-9, -15, 1)] == ["killed", "drained", "crashed"]

@@ -1,0 +1,178 @@
+"""Processes that hold a base model, and the attempts that are forked from them and share its weights.
+
+    worker ─── fork server, with torch ─┬─ host of one model ─┬─ attempt
+                                        │                     └─ attempt
+                                        └─ host of another one ─── attempt
+
+A host loads its model once, on the CPU, and forks a process for each attempt: this takes milliseconds, and memory that
+nobody writes to is there once, whatever the number of attempts. Neither the fork server nor a host ever touches CUDA: a
+forked process could not use it any more. None of them outlives the worker: their pipe to it closes when it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import os
+import signal
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+
+from tpv.schemas.jobs import AttemptStarted
+from tpv_worker.settings import Settings
+
+
+class Running:
+    """The process of an attempt, as the worker sees it."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.pid: int | None = None  #: None until it is forked, which waits for the model
+        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()  #: as `Process.exitcode`
+        self._signals: list[signal.Signals] = []
+
+    def terminate(self) -> None:
+        """Asks it to end after its step."""
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends it now; it takes its host along while that loads a model for it alone."""
+        if self.pid is None and not self.status.done() and self.host.attempts == [self]:
+            self.host.process.kill()
+        self._send(signal.SIGKILL)
+
+    def forked(self, pid: int) -> None:
+        self.pid = pid
+        for number in self._signals:
+            self._send(number)
+
+    def _send(self, number: signal.Signals) -> None:
+        if self.pid is None:
+            self._signals.append(number)
+        elif not self.status.done():
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+class Hosts:
+    """The hosts of a worker: one for each model that is at work, and the last one that was."""
+
+    def __init__(self, processes: ForkServerContext, settings: Settings) -> None:
+        self.processes, self.settings = processes, settings
+        self._hosts: dict[tuple[str, str | None], Host] = {}  # by id and revision of the model
+
+    def start(self, started: AttemptStarted, device: str) -> Running:
+        """Begins the process of an attempt; its model is loaded first, unless a host has it."""
+        model = started.spec.base_model.id, started.spec.base_model.revision
+        host = self._hosts.get(model)
+        if host is None or host.gone:
+            for other in [name for name, host in self._hosts.items() if not host.attempts]:
+                self._hosts.pop(other).close()
+            host = self._hosts[model] = Host(self.processes, self.settings)
+        return host.start(started, device)
+
+    def running(self) -> list[Running]:
+        return [attempt for host in self._hosts.values() for attempt in host.attempts]
+
+    def close(self) -> None:
+        for host in self._hosts.values():
+            host.close()
+        self._hosts.clear()
+
+
+class Host:
+    """The worker's side of one host."""
+
+    def __init__(self, processes: ForkServerContext, settings: Settings) -> None:
+        self.attempts: list[Running] = []
+        self.gone = False
+        self._connection, theirs = processes.Pipe()
+        self.process = processes.Process(target=_serve, args=(settings, theirs))
+        self.process.start()
+        theirs.close()
+        asyncio.get_running_loop().add_reader(self._connection.fileno(), self._read)
+        self._places: dict[int, Running] = {}  # by the number that messages carry
+        self._count = 0
+
+    def start(self, started: AttemptStarted, device: str) -> Running:
+        running = Running(self)
+        self._count += 1
+        self._places[self._count] = running
+        self.attempts.append(running)
+        try:
+            self._connection.send((self._count, started, device))
+        except OSError:
+            self._end()
+        return running
+
+    def close(self) -> None:
+        """The host ends with its pipe, and its attempts with it."""
+        if not self.gone:
+            self._end()
+
+    def _read(self) -> None:
+        try:
+            number, pid, status = self._connection.recv()
+        except (EOFError, OSError):
+            self._end()
+            return
+        if status is None:
+            self._places[number].forked(pid)
+        else:
+            self._ended(self._places.pop(number), status)
+
+    def _end(self) -> None:
+        self.gone = True
+        asyncio.get_running_loop().remove_reader(self._connection.fileno())
+        self._connection.close()
+        self.process.kill()  # if it has not ended: closed is closed
+        self.process.join()
+        for running in [*self._places.values()]:
+            self._ended(running, self.process.exitcode or -signal.SIGKILL)
+        self._places.clear()
+
+    def _ended(self, running: Running, status: int) -> None:
+        self.attempts.remove(running)
+        if not running.status.done():
+            running.status.set_result(status)
+
+
+# --- In the host -----------------------------------------------------------------------------------------------------
+
+
+def _serve(settings: Settings, connection: Connection) -> None:
+    """Forks an attempt for each message, and tells how it ends; until the worker closes the pipe."""
+    from tpv_worker.attempt import LoadedModel, run_attempt  # preloaded where this runs
+
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)  # sent to a whole group of processes, these are for the worker
+    forks = multiprocessing.get_context("fork")
+    model = LoadedModel(settings)
+    attempts: dict[int, tuple[int, multiprocessing.process.BaseProcess]] = {}
+
+    def attempt(started: AttemptStarted, device: str) -> None:
+        connection.close()
+        run_attempt(settings.model_copy(update={"device": device}), started, model)
+
+    while True:
+        for ready in wait([connection, *attempts]):
+            if ready is connection:
+                try:
+                    number, started, device = connection.recv()
+                except EOFError:
+                    for _, process in attempts.values():
+                        process.kill()
+                    os._exit(0)
+                model.load(started.spec.base_model)
+                gc.freeze()  # else the collector would write to the memory that is shared
+                process = forks.Process(target=attempt, args=(started, device), daemon=True)
+                process.start()
+                attempts[process.sentinel] = number, process
+                connection.send((number, process.pid, None))
+            else:
+                assert isinstance(ready, int)
+                number, process = attempts.pop(ready)
+                process.join()
+                connection.send((number, process.pid, process.exitcode))

@@ -86,7 +86,11 @@ async def _nearest(
             return indexed
     measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool)
     await release(session)
-    similarities = await run_in_threadpool(measure.one_with_many, query.pooled, pool.matrix, pool.where)
+    target, matrix = query.pooled, pool.matrix
+    if asked.metric == "cosine-prompt" and pool.mixed:  # each soft prompt has a P_init of its own
+        start, *others = await scores.starts(request, [query.initialization, *pool.mixed])
+        measure, target, matrix = scores.Measure(metric="cosine"), target + start, matrix + np.array(others)
+    similarities = await run_in_threadpool(measure.one_with_many, target, matrix, pool.where)
     rows = scores.best(similarities, pool.where, asked.k)
     return rows, similarities[rows], None
 
@@ -172,9 +176,13 @@ async def matrix(
     if asked.metric == "cosine-flat":
         values = await scores.flat_matrix(request, rows)
     else:
-        query = Query(label="the matrix", pooled=np.zeros(0, np.float32), initialization=rows[0].initialization)
-        measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool)
         vectors = pooled_of(rows)
+        if asked.metric == "cosine-prompt":  # each soft prompt has a P_init of its own
+            vectors = vectors + await scores.starts(request, [row.initialization for row in rows])
+            measure = scores.Measure(metric="cosine")
+        else:
+            query = Query(label="the matrix", pooled=np.zeros(0, np.float32), initialization=rows[0].initialization)
+            measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool)
         values = await run_in_threadpool(measure.many_with_many, vectors, vectors)
     order = await run_in_threadpool(_clustered, values)
     if asked.normalize:

@@ -18,7 +18,7 @@ from tpv.errors import Invalid
 from tpv.schemas.similarity import Pool
 from tpv.similarity import Metric, pooled_similarity, similarity
 from tpv_service.registry import publish
-from tpv_service.registry.tables import VersionRow
+from tpv_service.registry.tables import InitializationRow, VersionRow
 from tpv_service.search.family import Float32, Mask, Rows
 from tpv_service.search.queries import Candidates, Query, choose
 from tpv_service.storage import BlobStore
@@ -77,12 +77,26 @@ async def measure(
 ) -> Measure:
     """The metric for a query; asks for the reference pool of a centred one and for the P_init that prompts begin at."""
     if metric == "cosine-prompt":
-        start = await run_in_threadpool(publish.load_start, request.state.store, query.initialization.digest)
-        return Measure(metric=metric, initialization=start.mean(axis=0, dtype=np.float64).astype(np.float32))
+        (start,) = await starts(request, [query.initialization])
+        return Measure(metric=metric, initialization=start)
     if not metric.endswith("-centered"):
         return Measure(metric=metric)
     pool = await choose(request, session, query, reference_pool or Pool())
     return Measure(metric=metric, center=await center_of(pool, metric))
+
+
+async def starts(request: Request, initializations: Sequence[InitializationRow]) -> Float32:
+    """The pooled P_init (n, d) of each: what mixed initializations need to be compared by `cosine-prompt`."""
+
+    def load() -> Float32:
+        store: BlobStore = request.state.store
+        pooled = {
+            digest: publish.load_start(store, digest).mean(axis=0, dtype=np.float64)
+            for digest in {row.digest for row in initializations}
+        }
+        return np.array([pooled[row.digest] for row in initializations], dtype=np.float32)
+
+    return await run_in_threadpool(load)
 
 
 async def center_of(pool: Candidates, asked: str) -> Float32:

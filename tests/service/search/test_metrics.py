@@ -234,6 +234,15 @@ class TestMixedInitializations:
         for said in (found.pool, group.pool, matrix):
             assert [summary.name for summary in said.mixed_initializations] == ["other"]
 
+    async def test_soft_prompts_are_compared_with_the_initialization_of_each(self, client, vectors, start, stranger):
+        asked = {"metric": "cosine-prompt", "allow_mixed_initializations": True}
+        found = await client.similarity.search("rte", candidates=["s01", "stranger"], **asked)
+        matrix = await client.similarity.matrix(["rte", "stranger"], **asked)
+        value = float(similarity(vectors["rte"] + start, stranger + start + 1, "cosine"))
+
+        assert {h.reference: h.similarity for h in found.hits}["default/stranger:1"] == pytest.approx(value, rel=1e-5)
+        assert matrix.matrix[0][1] == pytest.approx(value, rel=1e-5)
+
     async def test_not_even_the_flag_compares_other_shapes_or_models(self, client, vectors):
         await client.initializations.create(
             "wide", base_model="tiny-t5", unpinned=True, tensor=np.ones((ROWS + 1, WIDTH), np.float32)

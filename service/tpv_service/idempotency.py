@@ -25,7 +25,8 @@ class Idempotency:
     """Of one request. `begin` gives the kept answer of an earlier one, `finish` keeps this one's.
 
     Both work in the request's transaction: a request that fails leaves no key behind, and a second one that arrives
-    meanwhile waits for the first.
+    meanwhile waits for the first. Where names are resolved before that, `kept` comes first: what they meant may be
+    gone since.
     """
 
     def __init__(self, path: str, key: str | None) -> None:
@@ -36,17 +37,21 @@ class Idempotency:
         if self.key is None:
             return None
         self.actor = actor
-        digest = hashlib.sha256(json.dumps([self.path, jsonable_encoder(asked)], sort_keys=True).encode()).hexdigest()
         claimed = await session.scalar(
             insert(IdempotencyRow)
-            .values(actor=actor, key=self.key, request=digest)
+            .values(actor=actor, key=self.key, request=self._digest(asked))
             .on_conflict_do_nothing()
             .returning(IdempotencyRow.key)
         )
-        if claimed is not None:
+        return None if claimed is not None else await self.kept(session, actor, *asked)
+
+    async def kept(self, session: AsyncSession, actor: str, *asked: Any) -> JSONResponse | None:
+        """What `begin` gives, without a claim of the key."""
+        self.actor = actor
+        kept = await session.scalar(select(IdempotencyRow).where(*self._mine())) if self.key is not None else None
+        if kept is None:
             return None
-        kept = (await session.execute(select(IdempotencyRow).where(*self._mine()))).scalar_one()
-        if kept.request != digest:
+        if kept.request != self._digest(asked):
             raise IdempotencyConflict(
                 f"the key {self.key!r} was sent with another request; use a new key for a new one"
             )
@@ -58,6 +63,9 @@ class Idempotency:
         if self.key is not None:
             await session.execute(update(IdempotencyRow).where(*self._mine()).values(answer=body, status=status))
         return JSONResponse(body, status)
+
+    def _digest(self, asked: Any) -> str:
+        return hashlib.sha256(json.dumps([self.path, jsonable_encoder(asked)], sort_keys=True).encode()).hexdigest()
 
     def _mine(self) -> tuple[Any, ...]:
         return IdempotencyRow.actor == self.actor, IdempotencyRow.key == self.key

@@ -52,6 +52,8 @@ async def post_job(
     request: Request, session: Session, actor: Writer, idempotency: IdempotentRequest, job: JobCreate
 ) -> Response:
     """Submits a job; names are resolved to versions and fingerprints now."""
+    if kept := await idempotency.kept(session, actor.name, job):
+        return kept
     spec, first = await resolve_job(request, session, job)
     if kept := await idempotency.begin(session, actor.name, job):
         return kept

@@ -38,6 +38,8 @@ async def create_combination(
     request: Request, session: Session, actor: Writer, idempotency: IdempotentRequest, asked: CombinationCreate
 ) -> Response:
     """Registers a combination of vectors as the next version of `name`. Equal content again is a 200."""
+    if kept := await idempotency.kept(session, actor.name, asked):
+        return kept
     named = await request.state.initializations.resolve(asked.initialization) if asked.initialization else None
     terms = await queries.resolve_versions(session, [term.vector for term in asked.terms])
     initialization, mixed = _initialization_of_result(terms, named, asked)

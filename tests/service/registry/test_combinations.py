@@ -133,8 +133,11 @@ async def test_one_idempotency_key_has_one_effect(client, http, vectors):
     first = await ask(2)
     await client.vectors.register("mnli", vector=vectors["rte"], initialization="family")  # `mnli` means another now
     again, other = await ask(2), await ask(3)
+    await client.vectors.delete("mnli", force=True)  # and nothing now
+    last = await ask(2)
 
-    assert (first.status_code, first.json()) == (again.status_code, again.json())
+    assert first.status_code == again.status_code == last.status_code == 201
+    assert first.json() == again.json() == last.json()
     assert other.json()["type"] == "urn:tpv:problem:idempotency-conflict"
     assert [v.version async for v in client.vectors.versions("out")] == [1]
 

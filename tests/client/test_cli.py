@@ -333,7 +333,8 @@ def test_a_search_says_what_it_looked_at(run: Run, registry: Any, wire: Any) -> 
         assert text in shown
     asked = {"query": "rte", "k": 3, "candidates": {"references": ["qnli", "mnli"]}}
     assert sent(registry) == asked | {"metric": "dot", "accuracy": "auto"}
-    assert run("similarity", "search", "rte", "--json").json == answer
+    assert run("similarity", "search", "rte", "--versions", "alias:best", "--json").json == answer
+    assert sent(registry)["candidates"] == {"versions": "alias:best"}
 
 
 def test_a_matrix_has_names_on_both_sides(run: Run, registry: Any, wire: Any) -> None:
@@ -361,7 +362,8 @@ def test_a_group_shows_every_decision(run: Run, registry: Any, wire: Any) -> Non
     assert "group for t:1: a:1\n" in shown
     candidates = {"references": ["a", "b"]}
     assert sent(registry) == {"target": "t", "candidates": candidates, "strategy": "greedy", "max_size": 2}
-    assert run("group", "t", "--json").json["members"] == answer["members"]
+    assert run("group", "t", "--versions", "all", "--json").json["members"] == answer["members"]
+    assert sent(registry)["candidates"] == {"versions": "all"}
 
 
 def test_a_dataset_is_uploaded_and_listed(run: Run, registry: Any, wire: Any, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tpv.cli.options import Json, Namespace, connect, pairs
+from tpv.cli.options import Json, Namespace, Versions, connect, pairs
 from tpv.cli.output import Output, plain
 from tpv.cli.similarity import MixedOption, SameTask, TagOption, TaskOption, TaskTypeOption, pool_line
 from tpv.grouping import Strategy
@@ -28,6 +28,7 @@ def group(
     task_type: TaskTypeOption = None,
     namespace: Namespace = None,
     tag: TagOption = None,
+    versions: Versions = None,
     allow_same_task: SameTask = False,
     allow_mixed_initializations: MixedOption = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also what every other strategy would choose.")] = False,
@@ -47,6 +48,7 @@ def group(
             task_type=task_type,
             namespace=namespace,
             tags=pairs(tag, option="--tag") or None,
+            versions=versions,
             allow_same_task=allow_same_task or None,
             allow_mixed_initializations=allow_mixed_initializations or None,
             compare=compare or None,

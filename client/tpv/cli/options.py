@@ -13,6 +13,7 @@ from tpv._sync.client import Client
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Output")]
 Namespace = Annotated[str | None, typer.Option(help="Only this namespace.")]
+Versions = Annotated[str | None, typer.Option(help="Of each vector: newest (the default), all, or alias:NAME.")]
 Limit = Annotated[int, typer.Option(min=1, help="Rows at most.")]
 Description = Annotated[str | None, typer.Option(help="A text for people.")]
 TagPairs = Annotated[list[str] | None, typer.Option("--tag", metavar="KEY=VALUE", help="A tag; repeatable.")]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tpv.cli.options import Json, Namespace, connect, pairs
+from tpv.cli.options import Json, Namespace, Versions, connect, pairs
 from tpv.cli.output import Output, plain
 from tpv.schemas.similarity import PoolEcho
 from tpv.similarity import Metric
@@ -44,6 +44,7 @@ def search(
     task_type: TaskTypeOption = None,
     namespace: Namespace = None,
     tag: TagOption = None,
+    versions: Versions = None,
     allow_same_task: SameTask = False,
     allow_mixed_initializations: MixedOption = False,
     accuracy: Annotated[
@@ -65,6 +66,7 @@ def search(
             task_type=task_type,
             namespace=namespace,
             tags=pairs(tag, option="--tag") or None,
+            versions=versions,
             allow_same_task=allow_same_task or None,
             allow_mixed_initializations=allow_mixed_initializations or None,
             accuracy=accuracy,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tpv._base import UNSET
-from tpv.cli.options import Description, Json, Limit, Namespace, TagPairs, connect, pairs, values
+from tpv.cli.options import Description, Json, Limit, Namespace, TagPairs, Versions, connect, pairs, values
 from tpv.cli.output import Output, plain, short
 from tpv.files import metadata
 from tpv.references import Reference
@@ -122,7 +122,7 @@ def search(
         str | None,
         typer.Option("--filter", help="A filter with all, any and not, as JSON or @FILE; all hold together."),
     ] = None,
-    versions: Annotated[str | None, typer.Option(help="newest (the default), all, or alias:NAME.")] = None,
+    versions: Versions = None,
     sort: Annotated[
         list[str] | None,
         typer.Option(help="name, created_at, norm or DATASET/SPLIT/METRIC; a - in front descends; repeatable."),

@@ -91,7 +91,7 @@ async def _nearest(
         start, *others = await scores.starts(request, [query.initialization, *pool.mixed])
         measure, target, matrix = scores.Measure(metric="cosine"), target + start, matrix + np.array(others)
     similarities = await run_in_threadpool(measure.one_with_many, target, matrix, pool.where)
-    rows = scores.best(similarities, pool.where, asked.k)
+    rows = await run_in_threadpool(scores.best, similarities, pool.where, asked.k)
     return rows, similarities[rows], None
 
 
@@ -135,15 +135,20 @@ async def _by_index(
     """What the family's index gives, compared exactly; None when all candidates are to be compared instead."""
     family: indexes.Indexes = request.state.indexes
     snapshot, width = pool.snapshot, query.initialization.token_dim
-    ready = snapshot is not None and await family.ready(session, query.initialization, len(snapshot))
+    if snapshot is None:
+        if asked.accuracy == "auto":
+            return None
+        raise Conflict(
+            "an index is of a whole initialization, not of named candidates; ask with accuracy auto or exact"
+        )
+    ready = await family.ready(session, query.initialization, len(snapshot))
     if asked.accuracy == "approximate" and not ready:
         raise Conflict(
-            "there is no index for these candidates (yet): it is made for a whole initialization, some time after the "
-            f"first search in {family.above // width} or more vectors; ask with accuracy auto or exact"
+            "there is no index for this initialization (yet): it is made some time after the first search in "
+            f"{family.above // width} or more vectors; ask with accuracy auto or exact"
         )
     if not ready or (asked.accuracy == "auto" and pool.size * width < family.above):
         return None
-    assert snapshot is not None
     count = indexes.shortlist(width, asked.k)
     # Beyond the widest that is indexed as it is, the index ranks roughly: what is compared exactly decides.
     wanted = min(asked.k if width <= indexes.VECTOR_WIDTH else count // 2, pool.size)
@@ -311,7 +316,10 @@ async def _tie_order(
     session: ReadOnlySession, asked: GroupingRequest, pool: Candidates, similarities: NDArray[np.float32]
 ) -> NDArray[np.int64] | None:
     """Places of candidates with equal similarities: as they were given, else in the order of their references."""
-    if asked.candidates.references is not None or not len(rows := scores.tied(similarities, pool.where)):
+    if asked.candidates.references is not None:
+        return None
+    rows = await run_in_threadpool(scores.tied, similarities, pool.where)
+    if not len(rows):
         return None
     shown = await named(session, pool.ids[rows])
     order = np.zeros(len(similarities), dtype=np.int64)

@@ -114,7 +114,7 @@ async def test_an_index_is_for_the_metric_dot_and_whole_families(client):
     await fill(client, 8)
     with pytest.raises(errors.Invalid, match="dot alone"):
         await client.similarity.search("q", metric="cosine", accuracy="approximate")
-    with pytest.raises(errors.Conflict, match="no index for these candidates"):
+    with pytest.raises(errors.Conflict, match="not of named candidates"):
         await client.similarity.search("q", candidates=["v01"], accuracy="approximate")
 
 

@@ -3,8 +3,8 @@
     tpv lab run --seeds 100-109 --methods all --targets all --sources all --json study.json
     python -m benchmarks.lab study.json [another.json ...]
 
-Files are taken together: each has seeds of its own and the same tasks. Intervals are 95 %, over seeds (Student's t);
-differences are paired by seed.
+Files are taken together: each has seeds or methods of its own, and the same tasks. Values are in %; intervals are 95 %,
+over the seeds that a method has run with (Student's t); differences are paired by seed.
 """
 
 from __future__ import annotations
@@ -12,136 +12,136 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.centering import interval, spread
+from benchmarks.centering import KINDS, interval, spread
 
 from tpv_worker.lab.world import relatedness, task_named
 
 BASES = ("prompt-tuning", "prompt-tuning-long", "spot", "tpv-sum")
+COSTS = (("target_steps", 0), ("cpu_seconds", 1))
 
 Seed = dict[str, Any]
+BySeed = Mapping[int, float]
 
 
 def main() -> None:
-    seeds = [seed for path in sys.argv[1:] for seed in json.loads(Path(path).read_text())["seeds"]]
+    seeds = merged(json.loads(Path(path).read_text()) for path in sys.argv[1:])
     targets = list(seeds[0]["targets"])
-    first = seeds[0]["targets"][targets[0]]["methods"]
-    methods = ["majority", *first]
-    grouped = [method for method in first if first[method]["group"] is not None]
+    methods = {"majority": None, **seeds[0]["targets"][targets[0]]["methods"]}
+    grouped = [method for method, figure in methods.items() if figure and figure["group"] is not None]
 
-    print(
-        f"Seeds: {', '.join(str(seed['seed']) for seed in seeds)}. A cell is mean (sd; half the 95 % interval) in %.\n"
-    )
-    show(["method", *targets], [[method, *(cell(of(seeds, [t], method)) for t in targets)] for method in methods])
+    print(f"Seeds: {', '.join(str(seed['seed']) for seed in seeds)}\n\nMean (sd; half the interval)\n")
+    show(["", *targets], [[method, *(cell(accuracies(seeds, [t], method)) for t in targets)] for method in methods])
 
-    columns = ["mean", "sd", "95 %", *(f"minus `{base}`" for base in BASES), "target steps", "CPU s"]
-    show(["method", *columns], [[method, *mean_of_targets(seeds, targets, method)] for method in methods])
+    print("Mean of the targets, and differences to it with their intervals\n")
+    columns = ["seeds", "mean", "sd", "interval", *(f"minus `{base}`" for base in BASES), "target steps", "CPU s"]
+    show(["", *columns], [[method, *line(seeds, targets, method)] for method in methods])
 
-    pairs = [(method, base) for method in grouped for base in BASES]
-    show(
-        ["target", *(f"`{method}` minus `{base}`" for method, base in pairs)],
-        [[t, *(difference(of(seeds, [t], method), of(seeds, [t], base)) for method, base in pairs)] for t in targets],
-    )
-    show(
-        ["method", "groups that hold a known conflict", "of those that could", "size", "related", "conflicting"],
-        [[method, *groups(seeds, method)] for method in grouped],
-    )
+    for method in grouped:
+        print(f"`{method}` on each target\n")
+        rows = []
+        for target in targets:
+            values, *bases = (accuracies(seeds, [target], name) for name in (method, *BASES))
+            rows.append([target, *(difference(values, base) for base in bases)])
+        show(["", *(f"minus `{base}`" for base in BASES)], rows)
+
+    print("Groups\n")
+    columns = ["hold a known conflict", "could hold one", "members", "of them related", "unrelated", "conflicting"]
+    show(["", *columns], [[method, *groups(seeds, method)] for method in grouped])
+
     for metric in seeds[0]["similarity"]:
-        show([metric, "mean", "sd", "least", "greatest"], similarities(seeds, metric))
-        print(on_similarity_of(seeds, metric) + "\n")
+        print(f"`{metric}` of two sources: {similarities(seeds, metric)}\n")
     sources = [source for seed in seeds for source in seed["sources"].values()]
-    accuracies = [source["accuracy"] for source in sources]
     print(
-        f"Sources: mean {fmean(accuracies):.1%}, least {min(accuracies):.1%}, "
+        f"Sources: mean {fmean(source['accuracy'] for source in sources):.1%}, "
+        f"least {min(source['accuracy'] for source in sources):.1%}, "
         f"at most {max(source['target_steps'] for source in sources)} steps and "
-        f"{max(source['cpu_seconds'] for source in sources):.1f} CPU s. "
-        f"Wall time of a seed: {fmean(seed['seconds'] for seed in seeds):.0f} s."
+        f"{max(source['cpu_seconds'] for source in sources):.1f} CPU s"
     )
 
 
-def mean_of_targets(seeds: Sequence[Seed], targets: Sequence[str], method: str) -> list[str]:
-    values = of(seeds, targets, method)
-    low, high = interval(values)
-    differences = ["" if base == method else difference(values, of(seeds, targets, base)) for base in BASES]
-    costs = [seed["targets"][target]["methods"].get(method) for seed in seeds for target in targets]
-    spent = [f"{fmean(cost[key] for cost in costs):.{digits}f}" if costs[0] else "" for key, digits in COSTS]
-    shown = [f"{100 * fmean(values):.1f}", f"{100 * spread(values):.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
-    return [*shown, *differences, *spent]
+def merged(files: Iterable[Mapping[str, Any]]) -> list[Seed]:
+    """The seeds of all files, each with all its methods; one that has them all comes first."""
+    seeds: dict[int, Seed] = {}
+    for part in itertools.chain.from_iterable(file["seeds"] for file in files):
+        seed = seeds.setdefault(part["seed"], part)
+        seed["similarity"] |= part["similarity"]
+        for target, found in part["targets"].items():
+            seed["targets"][target]["methods"] |= found["methods"]
+    return sorted(seeds.values(), key=lambda seed: -len(next(iter(seed["targets"].values()))["methods"]))
 
 
-COSTS = (("target_steps", 0), ("cpu_seconds", 1))
+def accuracies(seeds: Sequence[Seed], targets: Sequence[str], method: str) -> BySeed:
+    """The method's accuracy, mean of the targets, by seed."""
+
+    def accuracy(found: Any) -> float:
+        return 100 * float(found["majority"] if method == "majority" else found["methods"][method]["accuracy"])
+
+    ran = [seed for seed in seeds if method in ("majority", *seed["targets"][targets[0]]["methods"])]
+    return {seed["seed"]: fmean(accuracy(seed["targets"][target]) for target in targets) for seed in ran}
 
 
-def of(seeds: Sequence[Seed], targets: Sequence[str], method: str) -> list[float]:
-    """A value a seed: the method's accuracy, mean of the targets."""
-    found = [[seed["targets"][target] for target in targets] for seed in seeds]
-    return [
-        fmean(t["majority"] if method == "majority" else t["methods"][method]["accuracy"] for t in f) for f in found
-    ]
+def cell(values: BySeed) -> str:
+    low, high = interval([*values.values()])
+    return f"{fmean(values.values()):.1f} ({spread([*values.values()]):.1f}; {(high - low) / 2:.1f})"
 
 
-def cell(values: Sequence[float]) -> str:
-    low, high = interval(list(values))
-    return f"{100 * fmean(values):.1f} ({100 * spread(list(values)):.1f}; {50 * (high - low):.1f})"
+def line(seeds: Sequence[Seed], targets: Sequence[str], method: str) -> Iterator[str]:
+    values = accuracies(seeds, targets, method)
+    low, high = interval([*values.values()])
+    yield from (str(len(values)), f"{fmean(values.values()):.1f}", f"{spread([*values.values()]):.1f}")
+    yield f"{low:.1f} to {high:.1f}"
+    for base in BASES:
+        yield "" if base == method else difference(values, accuracies(seeds, targets, base))
+    figures = [seed["targets"][target]["methods"].get(method) for seed in seeds for target in targets]
+    for key, digits in COSTS:
+        costs = [figure[key] for figure in figures if figure]
+        yield f"{fmean(costs):.{digits}f}" if costs else ""
 
 
-def difference(values: Sequence[float], base: Sequence[float]) -> str:
-    differences = [a - b for a, b in zip(values, base, strict=True)]
+def difference(values: BySeed, base: BySeed) -> str:
+    differences = [values[seed] - base[seed] for seed in values.keys() & base.keys()]
     low, high = interval(differences)
-    return f"{100 * fmean(differences):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{fmean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def groups(seeds: Sequence[Seed], method: str) -> list[str]:
-    kinds = []
-    could = []
+    kinds, holding = [], []
     for seed in seeds:
         for target, found in seed["targets"].items():
-            kinds.append([relation(target, member) for member in found["methods"][method]["group"]])
-            if any(relation(target, source) == "conflicting" for source in seed["sources"]):
-                could.append("conflicting" in kinds[-1])
+            if method in found["methods"]:
+                kinds.append([relation(target, member) for member in found["methods"][method]["group"]])
+                if any(relation(target, source) == "conflicting" for source in seed["sources"]):
+                    holding.append("conflicting" in kinds[-1])
     members = [kind for group in kinds for kind in group]
-    return [
-        f"{sum(could)} ({fmean(could):.0%})" if could else "",
-        str(len(could)),
-        f"{len(members) / len(kinds):.1f}",
-        *(f"{members.count(kind) / max(1, len(members)):.0%} of the members" for kind in ("related", "conflicting")),
-    ]
+    shares = [f"{members.count(kind) / max(1, len(members)):.0%}" for kind in KINDS]
+    conflicts = f"{sum(holding)} ({fmean(holding):.0%})" if holding else ""
+    return [conflicts, str(len(holding)), f"{len(members) / len(kinds):.1f}", *shares]
 
 
-def similarities(seeds: Sequence[Seed], metric: str) -> Iterator[list[str]]:
-    found = [pairs_of(seed, metric) for seed in seeds]
-    for kind in ("related", "unrelated", "conflicting"):
-        values = [value for pairs in found for value in pairs[kind]]
-        yield [kind, *(f"{value:.2f}" for value in (fmean(values), spread(values), min(values), max(values)))]
-
-
-def on_similarity_of(seeds: Sequence[Seed], metric: str) -> str:
-    found = [pairs_of(seed, metric) for seed in seeds]
-    above = [
-        {kind: fmean(a > b for a in pairs["related"] for b in pairs[kind]) for kind in ("unrelated", "conflicting")}
-        for pairs in found
-    ]
-    shares = [f"{kind} one in {fmean(share[kind] for share in above):.1%}" for kind in above[0]]
-    return f"Of a seed's pairs, a related one is above an {' and above a '.join(shares)} of all cases."
-
-
-def pairs_of(seed: Seed, metric: str) -> dict[str, list[float]]:
-    """The sources' similarities, by what is known of the pair."""
-    pairs: dict[str, list[float]] = {"related": [], "unrelated": [], "conflicting": []}
-    for (i, a), (j, b) in itertools.combinations(enumerate(seed["sources"]), 2):
-        pairs[relation(a, b)].append(seed["similarity"][metric][i][j])
-    return pairs
+def similarities(seeds: Sequence[Seed], metric: str) -> str:
+    values: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    above = []
+    for seed in seeds:
+        if metric in seed["similarity"]:
+            of_seed: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            for (i, a), (j, b) in itertools.combinations(enumerate(seed["sources"]), 2):
+                of_seed[relation(a, b)].append(seed["similarity"][metric][i][j])
+            above.append(fmean(a > b for a in of_seed["related"] for b in of_seed["unrelated"]))
+            values = {kind: [*values[kind], *of_seed[kind]] for kind in KINDS}
+    means = [f"{kind} {fmean(some):.2f} (sd {spread(some):.2f})" for kind, some in values.items() if some]
+    return f"{', '.join(means)}; P(related > unrelated) {fmean(above):.3f}, least of a seed {min(above):.3f}"
 
 
 def relation(a: str, b: str) -> str:
     return relatedness(task_named(a), task_named(b))
 
 
-def show(columns: Sequence[str], rows: Any) -> None:
+def show(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a Markdown table."""
     for row in (columns, ["---"] * len(columns), *rows):
         print("| " + " | ".join(row) + " |")

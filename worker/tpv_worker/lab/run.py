@@ -121,7 +121,7 @@ def run(
     contenders: Collection[str],
     reference: Sequence[Task],
 ) -> SeedFigures:
-    """Runs the lab once; vectors that the registry has already are found again, not made twice.
+    """Runs the lab once; the same seed gives the same vectors again, which the registry does not keep twice.
 
     `reference` are the tasks on whose vectors similarities are centred; none of them is a source or a target. They are
     tuned only if a contender centres.

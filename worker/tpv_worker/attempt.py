@@ -102,6 +102,7 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the worker, which ends this process when it must
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_worker, daemon=True).start()
     torch.set_num_threads(settings.threads or THREADS)
     token = settings.token.get_secret_value() if settings.token else None
@@ -113,7 +114,7 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel)
                 result = Attempt(client, started, settings, events, stopping).run(model)
                 events.flush()
                 client.jobs.complete(started.job, started.number, result)
-            except (StaleAttempt, JobFinished, ConnectionFailed, Unavailable):
+            except (StaleAttempt, JobFinished, ConnectionFailed):
                 raise
             except Exception as error:
                 failure = failure_of(error)
@@ -136,6 +137,8 @@ def failure_of(error: Exception) -> FailureReport:
             reason = cast("Reason", error.reason)
         case Drained():
             reason = "drained"
+        case Unavailable():  # for longer than is waited for: the store, or the database behind the service
+            reason = "unavailable"
         case _ if memory.has_run_out(error):
             reason = "out-of-memory"
         case ProblemError():  # the registry does not give what the job was promised, or does not take the result

@@ -146,8 +146,8 @@ def _serve(settings: Settings, connection: Connection) -> None:
     """Forks an attempt for each message, and tells how it ends; until the worker closes the pipe."""
     from tpv_worker.attempt import LoadedModel, run_attempt  # preloaded where this runs
 
-    for ignored in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ignored, signal.SIG_IGN)  # sent to a whole group of processes, these are for the worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to a whole group of processes, both are for the worker
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # an attempt gets it as soon as it listens
     forks = multiprocessing.get_context("fork")
     model = LoadedModel(settings)
     attempts: dict[int, tuple[int, multiprocessing.process.BaseProcess]] = {}

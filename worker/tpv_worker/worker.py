@@ -179,7 +179,7 @@ def create_app(settings: Settings, client: AsyncClient, hosts: Hosts, slots: Slo
         if status == TRY_AGAIN:
             raise ServiceLost(f"job {job} could not report to {client.url}")
         if status != 0:
-            await _fail(client, started, _death(status, stopping=stop.is_set()))
+            await _fail(client, started, _death(status))
 
     return app
 
@@ -196,10 +196,8 @@ async def _status_of(attempt: Running, app: App, worker: int | None, stop: async
     return await attempt.status
 
 
-def _death(status: int, *, stopping: bool) -> FailureReport:
+def _death(status: int) -> FailureReport:
     """What is known of a process that has ended without a word."""
-    if stopping and status == -signal.SIGTERM:  # it had not begun to listen
-        return FailureReport(reason="drained", message="the worker has stopped before the attempt could begin")
     if status < 0:
         message = f"the training process was ended by signal {signal.Signals(-status).name}"
         if status == -signal.SIGKILL:

@@ -228,6 +228,39 @@ def test_every_method_is_one_word(
     assert [entry["value"] for entry in compared] == [job.metrics["test/accuracy"] for job in jobs.values()]
 
 
+def test_what_a_job_needs_is_done_first(client: Client, model_paths: Models) -> None:
+    space = "pipeline"
+    client.initializations.create(
+        f"{space}/family", base_model=str(model_paths["encoder-decoder"]), num_virtual_tokens=NUM_VIRTUAL_TOKENS,
+        seed=11, timeout=120,
+    )  # fmt: skip
+    for name, word in (("one", 1), ("goal", 3)):
+        client.datasets.upload(f"{space}/{name}", rows(word, 16), rows(word, 8), label_words=LABELS)
+    transfer = client.jobs.transfer(
+        target=f"{space}/goal",
+        sources=[f"{space}/one"],
+        prepare={f"{space}/one": f"{space}/one"},
+        dataset=f"{space}/goal",
+        initialization=f"{space}/family",
+        output=f"{space}/goal-dtvg",
+        target_options=FAST,
+        **FAST,
+    )
+    later = client.jobs.tune(
+        dataset=f"{space}/one", initialization=f"{space}/family", output=f"{space}/later", needs=[transfer], **FAST
+    )
+    assert {needed.output for needed in transfer.needed} == {f"{space}/one", f"{space}/goal"}
+    assert [(job.state, job.reason) for job in (transfer, later)] == [("queued", "waiting")] * 2
+    later.wait(timeout=120)
+    transfer.refresh()
+    assert [source.reference for source in transfer.spec.sources] == [f"{space}/one:1"]
+    ended = [client.jobs.get(needed.id).finished_at for needed in transfer.needed]
+    assert all(end is not None and transfer.started_at is not None and end <= transfer.started_at for end in ended)
+    assert transfer.finished_at is not None
+    assert later.started_at is not None
+    assert transfer.finished_at <= later.started_at
+
+
 def test_the_same_job_again_gives_the_same_bytes(client: Client, model: Path) -> None:
     first, second = (training(client, model, output="same", **FAST) for _ in range(2))
     client.jobs.wait_all([first, second], timeout=120)

@@ -43,8 +43,12 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def model_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Model directories by kind; weights large enough that predictions depend on the input."""
-    root = tmp_path_factory.mktemp("models")
+    """Model directories by kind."""
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def make_models(root: Path) -> dict[str, Path]:
+    """Saves them below a directory; weights large enough that predictions depend on the input."""
     paths = {"encoder-decoder": root / "t5", "decoder-only": root / "llama"}
     with torch.random.fork_rng():
         torch.manual_seed(0)

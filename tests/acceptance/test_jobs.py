@@ -330,6 +330,19 @@ def test_only_attempts_hold_torch(stack: tuple[str, int], running: Job) -> None:
     assert [holds_torch(process) for process in (attempt, worker, api)] == [True, False, False]
 
 
+def test_a_model_is_loaded_once_for_the_jobs_of_it(client: Client, stack: tuple[str, int], model_paths: Models) -> None:
+    def host_after_a_job_of(kind: str) -> psutil.Process:
+        training(client, model_paths[kind], **FAST).wait(timeout=60)
+        [host] = hosts_of(worker_of(stack))  # the last model's; others have ended
+        return host
+
+    first = host_after_a_job_of("encoder-decoder")
+    assert host_after_a_job_of("encoder-decoder") == first
+    other = host_after_a_job_of("decoder-only")
+    assert other != first
+    assert gone(first)
+
+
 def holds_torch(process: psutil.Process) -> bool:
     return any("libtorch" in mapped.path for mapped in process.memory_maps())
 
@@ -373,9 +386,14 @@ def worker_of(stack: tuple[str, int]) -> psutil.Process:
     return worker
 
 
+def hosts_of(worker: psutil.Process) -> list[psutil.Process]:
+    """The processes that hold a model: children of the server that they are forked from."""
+    return [host for server in worker.children() for host in server.children()]
+
+
 def attempts_of(worker: psutil.Process) -> list[psutil.Process]:
-    """The processes that train: children of those that hold a model, which are children of a server."""
-    return [attempt for server in worker.children() for host in server.children() for attempt in host.children()]
+    """The processes that train."""
+    return [attempt for host in hosts_of(worker) for attempt in host.children()]
 
 
 def gone(process: psutil.Process) -> bool:

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
+from tpv_worker.capabilities import devices
 from tpv_worker.worker import Slots, _death
+
+
+def test_cuda_is_every_gpu_that_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices("cpu") == ["cpu"]
+    assert devices("cuda:1") == ["cuda:1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # torch's own look at CUDA_VISIBLE_DEVICES
+    assert devices("cuda") == ["cuda:0", "cuda:1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(RuntimeError, match="there is no GPU here"):
+        devices("cuda")
 
 
 def test_each_device_has_one_attempt_at_a_time() -> None:

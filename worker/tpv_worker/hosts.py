@@ -20,6 +20,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 
+from tpv import Client
 from tpv.schemas.jobs import AttemptStarted
 from tpv_worker.settings import Settings
 
@@ -148,6 +149,7 @@ def _serve(settings: Settings, connection: Connection) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to a whole group of processes, both are for the worker
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # an attempt gets it as soon as it listens
+    Client(settings.url).close()  # the certificates that it reads, 0.1 s, are then there for every attempt
     forks = multiprocessing.get_context("fork")
     model = LoadedModel(settings)
     attempts: dict[int, tuple[int, multiprocessing.process.BaseProcess]] = {}

@@ -230,7 +230,7 @@ class EventReport(Request):
     """One event of an attempt; `type` and the members it carries:
 
     - `progress`: step, steps, loss; `evaluation`: step, metric, value, split; `group`: step, members (references);
-    - `log`: message; `warning`: message; `phase`: message (loading the model, tuning, verifying).
+    - `log`: message; `warning`: message; `phase`: message (loading the data, tuning, verifying).
     """
 
     type: Literal["progress", "evaluation", "group", "log", "warning", "phase"]

@@ -74,9 +74,6 @@ class Hosts:
             host = self._hosts[model] = Host(self.processes, self.settings)
         return host.start(started, device)
 
-    def running(self) -> list[Running]:
-        return [attempt for host in self._hosts.values() for attempt in host.attempts]
-
     def close(self) -> None:
         for host in self._hosts.values():
             host.close()

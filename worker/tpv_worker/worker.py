@@ -76,7 +76,7 @@ async def run_worker(settings: Settings) -> None:
             app = create_app(settings, client, hosts, slots, stop)
             while not stop.is_set():
                 async with app.open_async():
-                    await _take_jobs(app, settings, slots.count, hosts, stop)
+                    await _take_jobs(app, settings, slots.count, stop)
         reporting.cancel()
         with suppress(TimeoutError):
             async with asyncio.timeout(2):
@@ -116,7 +116,7 @@ async def _report(client: AsyncClient, report: WorkerReport) -> None:
         log.warning("cannot report to the service", error=str(error))
 
 
-async def _take_jobs(app: App, settings: Settings, concurrency: int, hosts: Hosts, stop: asyncio.Event) -> None:
+async def _take_jobs(app: App, settings: Settings, concurrency: int, stop: asyncio.Event) -> None:
     """Runs Procrastinate's worker until `stop`, or until it has lost the database for good."""
     working = asyncio.create_task(
         app.run_worker_async(
@@ -133,8 +133,6 @@ async def _take_jobs(app: App, settings: Settings, concurrency: int, hosts: Host
     )
     if await _stopped_before(stop, asyncio.wait([working])):
         working.cancel()  # this asks it to end: it takes no further job, waits for the grace time, then cancels
-        for attempt in hosts.running():
-            attempt.terminate()
     try:
         await working
     except asyncio.CancelledError:
@@ -185,7 +183,7 @@ def create_app(settings: Settings, client: AsyncClient, hosts: Hosts, slots: Slo
 
 
 async def _status_of(attempt: Running, app: App, worker: int | None, stop: asyncio.Event) -> int:
-    """How it has ended. A worker that stops sends no heartbeat of its own any more, and is not to be given up."""
+    """How it has ended; it is asked to when the worker stops, whose queue sends no heartbeats any more then."""
     if not await _stopped_before(stop, asyncio.wait([attempt.status])):
         return attempt.status.result()
     attempt.terminate()

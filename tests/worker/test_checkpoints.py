@@ -23,6 +23,8 @@ from tpv_worker.data import Row, Task
 from tpv_worker.methods import METHODS
 from tpv_worker.training import TrainingResult, train
 
+pytestmark = pytest.mark.slow  # every method is trained, several times
+
 #: What has a state of its own: warm-up, clipping, the best step so far and patience, groups that last.
 OPTIONS: dict[str, Any] = {"steps": 24, "evaluate_every": 3, "patience": 6, "schedule": "linear", "warmup_steps": 5}
 OPTIONS |= {"clip_norm": 1.0, "accumulation": 2, "adam_epsilon": 1e-6}

@@ -26,6 +26,8 @@ SOURCES = [
 ]
 OPTIONS = PromptTuningOptions(**TUNING, steps=SOURCE_STEPS, evaluate_every=SOURCE_STEPS)
 
+pytestmark = pytest.mark.slow  # sources are tuned
+
 Tuned = dict[world.Task, TrainingResult]
 
 

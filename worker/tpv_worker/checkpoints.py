@@ -66,7 +66,10 @@ class Checkpoints:
     found: State | None = None  #: what the run goes on from
 
     def due(self) -> bool:
-        """Whether a state is to be kept after this step; asked after every one."""
+        """Whether a state is to be kept after this step; asked after every one.
+
+        Processes that train together need the same answer: they look at their losses together first.
+        """
         return False
 
     def save(self, state: State) -> None:

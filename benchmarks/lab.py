@@ -4,7 +4,7 @@
     python -m benchmarks.lab study.json [another.json ...]
 
 Files are taken together: each has seeds or methods of its own, and the same tasks. Values are in %; intervals are 95 %,
-over the seeds that a method has run with (Student's t); differences are paired by seed.
+over the seeds that a method has run with (Student's t), and one seed has none; differences are paired by seed.
 """
 
 from __future__ import annotations
@@ -87,14 +87,15 @@ def accuracies(seeds: Sequence[Seed], targets: Sequence[str], method: str) -> By
 
 def cell(values: BySeed) -> str:
     low, high = interval([*values.values()])
-    return f"{fmean(values.values()):.1f} ({spread([*values.values()]):.1f}; {(high - low) / 2:.1f})"
+    spreads = f" ({spread([*values.values()]):.1f}; {(high - low) / 2:.1f})" if len(values) > 1 else ""
+    return f"{fmean(values.values()):.1f}{spreads}"
 
 
 def line(seeds: Sequence[Seed], targets: Sequence[str], method: str) -> Iterator[str]:
     values = accuracies(seeds, targets, method)
     low, high = interval([*values.values()])
-    yield from (str(len(values)), f"{fmean(values.values()):.1f}", f"{spread([*values.values()]):.1f}")
-    yield f"{low:.1f} to {high:.1f}"
+    yield from (str(len(values)), f"{fmean(values.values()):.1f}")
+    yield from (f"{spread([*values.values()]):.1f}", f"{low:.1f} to {high:.1f}") if len(values) > 1 else ("", "")
     for base in BASES:
         yield "" if base == method else difference(values, accuracies(seeds, targets, base))
     figures = [seed["targets"][target]["methods"].get(method) for seed in seeds for target in targets]
@@ -106,7 +107,7 @@ def line(seeds: Sequence[Seed], targets: Sequence[str], method: str) -> Iterator
 def difference(values: BySeed, base: BySeed) -> str:
     differences = [values[seed] - base[seed] for seed in values.keys() & base.keys()]
     low, high = interval(differences)
-    return f"{fmean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{fmean(differences):+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if len(differences) > 1 else "")
 
 
 def groups(seeds: Sequence[Seed], method: str) -> list[str]:

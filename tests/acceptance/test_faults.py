@@ -313,9 +313,9 @@ def test_a_job_that_does_not_fit_the_memory_is_computed_in_parts(faults: Faults)
     long = [{**row, "source": f"{row['source']} {'w9 ' * 40}"} for row in rows(1, 2048)]
     faults.client.datasets.upload("long", long, label_words=LABELS)
     ask = {"dataset": "long", "initialization": "family", "steps": 2, "batch_size": 2048, "learning_rate": 0.1}
-    one = faults.cluster.workers[0]
-    [host] = [host for server in psutil.Process(one.pid).children() for host in server.children()]
-    limit = host.memory_info().data + 200_000_000
+    servers = [server for worker in faults.cluster.workers for server in psutil.Process(worker.pid).children()]
+    hosts = [host for server in servers for host in server.children()]  # of those workers that have had a job
+    limit = hosts[0].memory_info().data + 200_000_000
     with faults.cluster.another("small", "--queues", "small", "--memory-limit", str(limit)):
         job = faults.client.jobs.tune(output="in-parts", queue="small", **ask).wait(timeout=200)
     said = [event.data["message"] for event in job.events() if event.type == "warning"]

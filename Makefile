@@ -18,7 +18,7 @@ up: .venv/lab ## Run the registry here until Ctrl-C (ARGS="--port 9000")
 	$(BIN)/tpv up $(ARGS)
 
 test: .venv/dev ## Run all tests (ARGS="-k name")
-	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/pytest $(ARGS)
 
 test-fast: .venv/dev ## Run the tests that take no real processes or models
 	$(BIN)/pytest -n auto -m "not slow" $(ARGS)

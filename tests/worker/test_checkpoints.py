@@ -280,3 +280,15 @@ def test_a_worker_that_stops_keeps_the_last_step() -> None:
         checkpoints.save(state(5))
     assert State.load(store.kept[0]).step == 5
     assert failure_of(drained.value).reason == "drained"
+
+
+def test_a_state_is_sent_also_where_no_memory_is_left_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    store = Store()
+    checkpoints = stored(store, Told())
+    monkeypatch.setattr(threading.Thread, "start", start)
+    checkpoints.save(state(3))
+    assert State.load(store.kept[0]).step == 3
+    assert checkpoints.due()

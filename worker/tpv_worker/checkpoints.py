@@ -107,10 +107,16 @@ class StoredCheckpoints(Checkpoints):
         if self.sending is not None:
             self.sending.join()
         self.next = time.monotonic() + self.every
-        self.sending = threading.Thread(target=self._send, args=(state.step, state.dump()), daemon=True)
-        self.sending.start()
+        content = state.dump()
+        self.sending = threading.Thread(target=self._send, args=(state.step, content), daemon=True)
+        try:
+            self.sending.start()
+        except RuntimeError:  # no memory is left for its stack
+            self.sending = None
+            self._send(state.step, content)
         if self.stopping.is_set():
-            self.sending.join()
+            if self.sending is not None:
+                self.sending.join()
             raise Drained(f"the worker is stopping; training has ended after step {state.step}")
 
     def _find(self) -> State | None:

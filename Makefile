@@ -17,8 +17,9 @@ lab: .venv/lab ## Install, start everything and run the whole story on a small b
 up: .venv/lab ## Run the registry here until Ctrl-C (ARGS="--port 9000")
 	$(BIN)/tpv up $(ARGS)
 
-test: .venv/dev ## Run all tests (ARGS="-k name")
-	$(BIN)/pytest $(ARGS)
+test: .venv/dev ## Run all tests, those with real processes one after another (ARGS="--durations 20")
+	$(BIN)/pytest -n auto -m "not slow" $(ARGS)
+	$(BIN)/pytest -m slow $(ARGS)
 
 test-fast: .venv/dev ## Run the tests that take no real processes or models
 	$(BIN)/pytest -n auto -m "not slow" $(ARGS)

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from tpv_service import health, logs, problems
 from tpv_service.auth.tokens import ensure_initial_token
 from tpv_service.datasets import endpoints as datasets
-from tpv_service.db import create_engine, create_reader, create_sessionmaker
+from tpv_service.db import create_engine, create_reading_engine, create_sessionmaker
 from tpv_service.jobs import endpoints as jobs
 from tpv_service.jobs import workers
 from tpv_service.jobs.stalled import watch_stalled_jobs
@@ -56,13 +56,12 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:
-        engine = create_engine(settings)
-        sessions = create_sessionmaker(engine)
+        engine, reading = create_engine(settings), create_reading_engine(settings)
+        sessions, readers = create_sessionmaker(engine), create_sessionmaker(reading)
         if settings.initial_token:
             async with sessions.begin() as session:
                 await ensure_initial_token(session, settings.initial_token.get_secret_value())
         queue = Queue(settings)
-        readers = create_reader(engine)
         with cache_directory(settings.cache_directory) as cache:
             async with (
                 watch_stalled_jobs(settings, sessions, queue),
@@ -79,6 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
                     queue=queue,
                 )
         await engine.dispose()
+        await reading.dispose()
 
     middleware = [Middleware(problems.BodyLimit, limit=settings.upload_limit)]
     if not settings.authentication:

@@ -14,7 +14,7 @@ import pytest
 import tpv
 from tpv import errors
 from tpv_service.app import create_app
-from tpv_service.db import create_engine, create_reader
+from tpv_service.db import create_reading_engine, create_sessionmaker
 from tpv_service.search import families
 from tpv_service.search.family import Family
 from tpv_service.search.queries import named
@@ -210,7 +210,7 @@ async def test_a_change_of_words_leaves_a_snapshot_as_it_is(client, family, app)
 
 
 async def test_any_number_of_versions_can_be_named(settings: Settings):
-    engine = create_engine(settings)
-    async with create_reader(engine)() as session:
+    engine = create_reading_engine(settings)
+    async with create_sessionmaker(engine)() as session:
         assert await named(session, [uuid4().bytes for _ in range(70_000)]) == {}  # 65,535 parameters are the most
     await engine.dispose()

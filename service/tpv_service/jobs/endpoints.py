@@ -10,7 +10,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
-from tpv.errors import NotFound, NotNow
+from tpv.errors import Forbidden, NotFound, NotNow
 from tpv.references import Reference
 from tpv.schemas.base import Page
 from tpv.schemas.jobs import (
@@ -45,6 +45,18 @@ router = APIRouter(tags=["jobs"], prefix="/jobs")
 Reader = Annotated[Actor, Depends(Allowed("read", "write", "worker"))]
 Writer = Annotated[Actor, Depends(Allowed("write"))]
 Worker = Annotated[Actor, Depends(Allowed("worker"))]
+
+
+async def _of_own_attempt(request: Request, actor: Worker, job: UUID, number: int) -> Actor:
+    """Who reports on an attempt has begun it; another worker's token cannot speak for it."""
+    async with request.state.readers() as session:
+        began = await queries.attempt_actor(session, job, number)
+    if began not in (None, actor.name) and "admin" not in actor.scopes:
+        raise Forbidden(f"attempt {number} of job {job} was begun with another token than {actor.name!r}")
+    return actor
+
+
+Reporter = Annotated[Actor, Depends(_of_own_attempt)]
 
 
 @router.post("", status_code=201, response_model=Job)
@@ -107,10 +119,10 @@ async def list_events(
     With `Accept: text/event-stream`, a stream of them until the job has ended.
     """
     if "text/event-stream" in request.headers.get("accept", ""):
-        return await event_stream(request.state.sessions, job, after if last_event_id is None else last_event_id)
+        return await event_stream(request.state.readers, job, after if last_event_id is None else last_event_id)
     deadline = time.monotonic() + wait
     while True:
-        async with request.state.sessions() as session:
+        async with request.state.readers() as session:
             events = await queries.event_page(session, job, after, limit)
         if events.items or events.finished or time.monotonic() >= deadline:
             return events
@@ -123,7 +135,7 @@ async def get_logs(
 ) -> StreamingResponse:
     """What was said of the job so far, as text, a line each; of one attempt, or of all."""
     await queries.job_by_id(session, job)
-    lines = log_lines(request.state.sessions, job, attempt)
+    lines = log_lines(request.state.readers, job, attempt)
     return StreamingResponse(lines, media_type="text/plain; charset=utf-8")
 
 
@@ -172,7 +184,7 @@ async def start_attempt(
 
 
 @router.post("/{job}/attempts/{number}/events", status_code=204)
-async def report_events(session: Session, _: Worker, job: UUID, number: int, events: EventsReport) -> None:
+async def report_events(session: Session, _: Reporter, job: UUID, number: int, events: EventsReport) -> None:
     """What the attempt has come to."""
     await report.report_events(session, job, number, events.events)
 
@@ -182,7 +194,7 @@ async def report_events(session: Session, _: Worker, job: UUID, number: int, eve
     status_code=201,
     openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
 )
-async def stage_file(request: Request, session: Session, _: Worker, job: UUID, number: int) -> Staged:
+async def stage_file(request: Request, session: Session, _: Reporter, job: UUID, number: int) -> Staged:
     """Stores a file, the request's body, that the result will name by its digest."""
     return await report.stage_file(session, request.state.store, job, number, await request.body())
 
@@ -205,7 +217,7 @@ async def get_staged_file(request: Request, _: Reader, job: UUID, number: int, d
 async def put_checkpoint(
     request: Request,
     session: Session,
-    _: Worker,
+    _: Reporter,
     job: UUID,
     number: int,
     step: Annotated[int, Query(ge=0, lt=2**31)],
@@ -226,7 +238,7 @@ async def get_checkpoint(request: Request, _: Worker, job: UUID, digest: str) ->
 
 @router.post("/{job}/attempts/{number}/result")
 async def report_result(
-    request: Request, session: Session, _: Worker, job: UUID, number: int, result: ResultReport
+    request: Request, session: Session, _: Reporter, job: UUID, number: int, result: ResultReport
 ) -> Job:
     """Commits the result: version, initialization or artifact, evaluations, lineage and `succeeded` appear together."""
     return job_view(await report.report_result(session, request.state.store, request.state.queue, job, number, result))
@@ -234,7 +246,7 @@ async def report_result(
 
 @router.post("/{job}/attempts/{number}/failure")
 async def report_failure(
-    request: Request, session: Session, _: Worker, job: UUID, number: int, failure: FailureReport
+    request: Request, session: Session, _: Reporter, job: UUID, number: int, failure: FailureReport
 ) -> Job:
     """Ends the attempt without a result, and the job too, unless the reason is no fault of its own."""
     return job_view(await report.report_failure(session, request.state.queue, job, number, failure))

@@ -160,6 +160,11 @@ async def current_attempt(session: AsyncSession, job: JobRow) -> AttemptRow | No
     return await session.get(AttemptRow, (job.id, job.attempt)) if job.attempt else None
 
 
+async def attempt_actor(session: AsyncSession, job: UUID, number: int) -> str | None:
+    """Whose token began an attempt; None if there is no such attempt."""
+    return await session.scalar(select(AttemptRow.actor).where(AttemptRow.job_id == job, AttemptRow.number == number))
+
+
 async def newest_report(session: AsyncSession, job: UUID, attempt: int) -> datetime | None:
     """When the newest event that this attempt reported happened, by the worker's clock."""
     return await session.scalar(

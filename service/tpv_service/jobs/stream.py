@@ -15,7 +15,7 @@ from tpv_service.jobs import queries
 
 Sessions = async_sessionmaker[AsyncSession]
 
-LOOK_EVERY = 0.25  #: seconds between two looks for new events, for those who wait for them
+LOOK_EVERY = 0.15  #: seconds between two looks for new events, for those who wait for them
 KEEP_ALIVE = 15.0  #: seconds; a proxy may close a connection that is silent for longer
 PAGE = 1000  #: events read at once
 

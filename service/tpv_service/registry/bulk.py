@@ -15,7 +15,7 @@ from tpv import files
 from tpv.errors import InvalidTensor
 from tpv.schemas.bulk import BulkContentRequest, BulkCreate, BulkCreated, BulkItem, BulkRow
 from tpv_service.auth.tokens import Actor, Allowed
-from tpv_service.db import Session
+from tpv_service.db import ReadOnlySession, Session
 from tpv_service.idempotency import IdempotentRequest
 from tpv_service.registry import publish, queries
 from tpv_service.registry.compatibility import are_mixed
@@ -86,7 +86,7 @@ def _store_upload(
 
 @router.post("/content", response_class=Response)
 async def get_versions_content(
-    request: Request, session: Session, _: Reader, asked: BulkContentRequest
+    request: Request, session: ReadOnlySession, _: Reader, asked: BulkContentRequest
 ) -> StreamingResponse:
     """Many T as one safetensors file: the tensor `vectors`, (n, num_virtual_tokens, token_dim) float32.
 

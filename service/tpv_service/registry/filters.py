@@ -30,7 +30,7 @@ from tpv.schemas.base import Page
 from tpv.schemas.filters import Filter, MetricCondition, MetricKey, SortKey, VersionSearch
 from tpv.schemas.vectors import Version
 from tpv_service.auth.tokens import Actor, Allowed
-from tpv_service.db import Session
+from tpv_service.db import ReadOnlySession
 from tpv_service.pagination import Column, page
 from tpv_service.registry import queries
 from tpv_service.registry.tables import (
@@ -48,7 +48,7 @@ Reader = Annotated[Actor, Depends(Allowed("read", "write", "worker"))]
 
 
 @router.post("/vectors/search")
-async def search_versions(session: Session, _: Reader, asked: VersionSearch) -> Page[Version]:
+async def search_versions(session: ReadOnlySession, _: Reader, asked: VersionSearch) -> Page[Version]:
     """The versions that pass the filter; by default the newest of each vector, by name."""
     key = [part for sort in asked.sort for part in _sort_key(sort)] + [
         _Key(VectorRow.namespace, lambda row: row.vector.namespace),

@@ -184,6 +184,9 @@ class QueueTables:
             self._ask("select job_id, number, state, reason from public.attempts order by 1, 2"),
             self._ask("select job_id, type, data from public.job_events order by id"),
             self._ask("select job_id, attempt, step from public.checkpoints order by 1, 2, 3"),
+            self._ask("select vector_id, number, fingerprint from public.versions order by 1, 2"),
+            self._ask("select version_id, metric, value from public.evaluations order by 1, 2, 3"),
+            self._ask("select * from public.parents order by 1, 2"),
             self._ask("select args, status, abort_requested from procrastinate_jobs order by id"),
         ]
 

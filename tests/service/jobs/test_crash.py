@@ -9,22 +9,24 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-from tests.service.jobs.conftest import QueueTables, Worker, transfer, tune
+from tests.service.jobs.conftest import QueueTables, Worker, transfer, tune, tuned
 
-from tpv import AsyncClient
-from tpv.schemas.jobs import FailureReport, Job, JobCreate
+from tpv import AsyncClient, files
+from tpv.schemas.jobs import AttemptStart, FailureReport, Job, JobCreate, ResultReport
 from tpv_service.db import create_engine, create_sessionmaker
 from tpv_service.jobs.cancel import cancel_job
-from tpv_service.jobs.report import report_failure
+from tpv_service.jobs.report import report_failure, report_result, start_attempt
 from tpv_service.jobs.retry import retry_job
 from tpv_service.jobs.stalled import LostJobs
 from tpv_service.jobs.submit import resolve_job, submit_job
 from tpv_service.queue import Queue
 from tpv_service.settings import Settings
+from tpv_service.storage import create_store
 
 pytestmark = pytest.mark.anyio
 
 Sessions = async_sessionmaker[AsyncSession]
+STAGED = files.dump({"prompt": tuned(1)})
 
 
 class Died(Exception):
@@ -81,13 +83,30 @@ async def giving_back(sessions: Sessions, queue: Queue, job: Job) -> None:
         await report_failure(session, queue, job.needs[0], 1, FailureReport(reason="killed", message="by SIGKILL"))
 
 
+async def starting(sessions: Sessions, queue: Queue, job: Job) -> None:
+    """Another worker begins; the attempt that runs is superseded."""
+    async with sessions.begin() as session:
+        await start_attempt(session, queue, job.needs[0], AttemptStart(worker="host:2"), "local")
+
+
+async def succeeding(sessions: Sessions, queue: Queue, job: Job) -> None:
+    """The version appears, and the job that waits for it goes into the queue."""
+    figure = {"split": "test", "metric": "accuracy", "value": 0.5, "n": 4, "dataset": "cr"}
+    result = ResultReport.model_validate({"prompt": files.digest(STAGED), "evaluations": [figure]})
+    async with sessions() as session:  # its transaction ends where files move
+        await report_result(session, create_store(queue.settings), queue, job.needs[0], 1, result)
+        await session.commit()
+
+
 async def looking(sessions: Sessions, queue: Queue, job: Job) -> None:
     lost_jobs = LostJobs(sessions, queue)
     await lost_jobs.look()
     await lost_jobs.look()
 
 
-@pytest.mark.parametrize("change", [submitting, cancelling, retrying, failing, giving_back, looking])
+@pytest.mark.parametrize(
+    "change", [submitting, cancelling, retrying, starting, succeeding, failing, giving_back, looking]
+)
 async def test_a_change_that_dies_at_any_statement_has_not_been(
     registry: AsyncClient,
     settings: Settings,
@@ -99,6 +118,7 @@ async def test_a_change_that_dies_at_any_statement_has_not_been(
     assert queue_tables.take(silent_for=31) == str(job.needs[0])
     worker = await Worker.takes(registry, await registry.jobs.get(job.needs[0]))
     await registry.jobs.save_checkpoint(job.needs[0], 1, 10, b"state")
+    await registry.jobs.stage(job.needs[0], 1, STAGED)
     if change is retrying:
         await worker.fails()
     before = queue_tables.everything()

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
 import httpx
 import pytest
+from fastapi import FastAPI
 from pydantic import SecretStr
+from tests.service.jobs.conftest import START, Worker, tune, tuned
 
+import tpv
+from tpv.errors import Forbidden
+from tpv.schemas.jobs import EventReport
 from tpv_service.auth import tokens
 from tpv_service.db import create_engine, create_sessionmaker
 from tpv_service.settings import Settings
@@ -13,12 +21,20 @@ from tpv_service.settings import Settings
 pytestmark = pytest.mark.anyio
 
 ANYBODY, WRITERS, WORKERS = {"read", "write", "worker"}, {"write"}, {"worker"}
+FIRST = "first-token-of-all"
 JOB = "/api/v1/jobs/01980000-0000-7000-8000-000000000000"  # there is none
 
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    return settings.model_copy(update={"authentication": True, "initial_token": SecretStr("first-token-of-all")})
+    return settings.model_copy(update={"authentication": True, "initial_token": SecretStr(FIRST)})
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[tpv.AsyncClient]:
+    """The published client, with a token for everything."""
+    async with tpv.AsyncClient("http://localhost", FIRST, transport=httpx.ASGITransport(app)) as client:
+        yield client
 
 
 @pytest.mark.parametrize(
@@ -59,3 +75,29 @@ async def test_a_token_may_do_what_its_scope_says(
     await engine.dispose()
 
     assert answered == allowed
+
+
+async def test_a_worker_reports_on_attempts_that_it_has_begun_alone(app: FastAPI, registry: tpv.AsyncClient):
+    job = await tune(registry)
+    engine = create_engine(app.state["settings"])  # type: ignore[index]
+    clients = []
+    for name in ("one", "other"):
+        async with create_sessionmaker(engine).begin() as session:
+            token = await tokens.create_token(session, name=name, scopes=["worker"], created_by="test")
+        clients.append(tpv.AsyncClient("http://localhost", token, transport=httpx.ASGITransport(app)))
+    await engine.dispose()
+    one, other = clients
+    theirs = await Worker.takes(one, job)
+    foreign = Worker(other, theirs.job, theirs.number)
+
+    for report in (
+        foreign.tells(EventReport(type="log", at=datetime.now(UTC), data={"message": "mine"})),
+        foreign.stages(tuned(1)),
+        foreign.client.jobs.save_checkpoint(theirs.job, theirs.number, 1, b"state"),
+        foreign.fails(),
+    ):
+        with pytest.raises(Forbidden, match="begun with another token"):
+            await report
+    assert (await theirs.succeeds(START + tuned(1))).state == "succeeded"
+    for client in clients:
+        await client.aclose()

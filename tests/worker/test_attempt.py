@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
-from tpv_worker.attempt import Figure, Judged, VerificationFailed, check_figures, metrics_of
+from tpv.errors import Forbidden, ProblemError, Unauthorized, Unavailable
+from tpv_worker.attempt import Figure, Judged, VerificationFailed, check_figures, failure_of, metrics_of
 from tpv_worker.data import Row
+from tpv_worker.errors import DataError
 from tpv_worker.evaluation import Evaluation
 from tpv_worker.methods import Snapshot
 from tpv_worker.training import TrainingResult
@@ -56,3 +61,22 @@ def test_figures_of_further_data_sets_carry_their_name() -> None:
         "lab/b:2/validation/accuracy": 0.75,
         "lab/b:2/validation/majority": 0.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (DataError("a row has no target"), "data"),
+        (Unavailable("the store does not answer"), "unavailable"),
+        (Unauthorized("the token has expired"), "unavailable"),
+        (Forbidden("the token lacks the scope worker"), "unavailable"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "unavailable"),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), "crashed"),
+        (RuntimeError("CUDA error: out of memory"), "out-of-memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out-of-memory"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "crashed"),
+        (ProblemError("the version is gone"), "conflict"),
+    ],
+)
+def test_a_failure_is_the_jobs_own_only_where_the_job_can_help_it(error: Exception, reason: str) -> None:
+    assert failure_of(error).reason == reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import tpv
 from tpv import Client, Retries, files
-from tpv.errors import ConnectionFailed, JobFinished, ProblemError, StaleAttempt, Unavailable
+from tpv.errors import ConnectionFailed, Forbidden, JobFinished, ProblemError, StaleAttempt, Unauthorized, Unavailable
 from tpv.methods import METHODS as DECLARED
 from tpv.methods import InitializeOptions, TrainingOptions, options_of
 from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
@@ -138,6 +139,10 @@ def failure_of(error: Exception) -> FailureReport:
         case Drained():
             reason = "drained"
         case Unavailable():  # for longer than is waited for: the store, or the database behind the service
+            reason = "unavailable"
+        case Unauthorized() | Forbidden():  # the worker's token is not valid any more
+            reason = "unavailable"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EIO):  # this machine's disk, for caches
             reason = "unavailable"
         case _ if memory.has_run_out(error):
             reason = "out-of-memory"

@@ -8,8 +8,11 @@ import torch
 
 from tpv_worker.settings import Settings
 
-#: What the CPU's allocators say in a RuntimeError of no class of its own: torch's, C++'s, oneDNN's.
-_SAID = ("can't allocate memory", "not enough memory", "std::bad_alloc", "could not create a memory")
+#: What allocators say in a RuntimeError of no class of its own: torch's, C++'s, oneDNN's; CUDA's and its libraries'.
+_SAID = (
+    *("can't allocate memory", "not enough memory", "std::bad_alloc", "could not create a memory"),
+    *("CUDA error: out of memory", "_STATUS_ALLOC_FAILED"),
+)
 
 
 def has_run_out(error: BaseException) -> bool:

@@ -40,6 +40,9 @@ FORGET = 86400.0  #: seconds after which a silent worker is removed from the que
 PATIENCE = 600.0  #: seconds to wait for a database that is away before starting over
 TRY_AGAIN = 75  #: exit status of an attempt that lost the service (EX_TEMPFAIL): not the job's fault
 
+# A connection that broke without a word, as behind a firewall, is noticed within half a minute; the kernel takes hours.
+_KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 25_000}
+
 # What is slow to import; the T5 module brings everything that transformers' other models use too.
 PRELOAD = [
     "tpv_worker.attempt",
@@ -148,7 +151,7 @@ def create_app(settings: Settings, client: AsyncClient, hosts: Hosts, slots: Slo
     app = App(
         connector=_PatientConnector(
             conninfo=settings.queue_url.get_secret_value(),
-            kwargs={"options": f"-c search_path={QUEUE_SCHEMA}"},
+            kwargs={"options": f"-c search_path={QUEUE_SCHEMA}"} | _KEEPALIVE,
             min_size=0,  # a worker starts without a database too
             max_size=slots.count + 2,
             timeout=PATIENCE,

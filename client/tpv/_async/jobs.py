@@ -21,7 +21,7 @@ from tpv.schemas import jobs as wire
 from tpv.schemas.initializations import BaseModelReference
 
 LONG_POLL = 20.0  #: seconds that one request for events waits at most; the service allows 25
-POLL = 1.0  #: seconds between two rounds over several jobs
+POLL = 0.25  #: seconds between two rounds over several jobs
 PAGE = 1000  #: events asked for at once
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypedDict
 
 from fastapi import APIRouter, FastAPI
@@ -56,29 +56,27 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:
-        engine, reading = create_engine(settings), create_reading_engine(settings)
-        sessions, readers = create_sessionmaker(engine), create_sessionmaker(reading)
-        if settings.initial_token:
-            async with sessions.begin() as session:
-                await ensure_initial_token(session, settings.initial_token.get_secret_value())
-        queue = Queue(settings)
-        with cache_directory(settings.cache_directory) as cache:
-            async with (
-                watch_stalled_jobs(settings, sessions, queue),
-                Indexes(settings, sessions, readers).opened() as indexes,
-            ):
-                yield State(
-                    settings=settings,
-                    sessions=sessions,
-                    readers=readers,
-                    initializations=KnownInitializations(readers),
-                    families=Families(readers, cache),
-                    indexes=indexes,
-                    store=create_store(settings),
-                    queue=queue,
-                )
-        await engine.dispose()
-        await reading.dispose()
+        async with AsyncExitStack() as at_end:
+            engine, reading = create_engine(settings), create_reading_engine(settings)
+            at_end.push_async_callback(engine.dispose)
+            at_end.push_async_callback(reading.dispose)
+            sessions, readers = create_sessionmaker(engine), create_sessionmaker(reading)
+            if settings.initial_token:
+                async with sessions.begin() as session:
+                    await ensure_initial_token(session, settings.initial_token.get_secret_value())
+            queue = Queue(settings)
+            cache = at_end.enter_context(cache_directory(settings.cache_directory))
+            await at_end.enter_async_context(watch_stalled_jobs(settings, sessions, queue))
+            yield State(
+                settings=settings,
+                sessions=sessions,
+                readers=readers,
+                initializations=KnownInitializations(readers),
+                families=Families(readers, cache),
+                indexes=await at_end.enter_async_context(Indexes(settings, sessions, readers).opened()),
+                store=create_store(settings),
+                queue=queue,
+            )
 
     middleware = [Middleware(problems.BodyLimit, limit=settings.upload_limit)]
     if not settings.authentication:

@@ -83,7 +83,7 @@ class Deletable:
 
 
 def create_engine(settings: Settings, **options: Any) -> AsyncEngine:
-    """Half of the connections that a process may hold; the other half reads."""
+    """With half of the connections that a process may hold; the other half reads."""
     return create_async_engine(
         settings.database_url.get_secret_value(),
         pool_size=settings.database_connections // 2,

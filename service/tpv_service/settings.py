@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TPV_", extra="ignore", hide_input_in_errors=True)
 
     database_url: Annotated[SecretStr, AfterValidator(_psycopg)]
-    database_connections: int = Field(20, ge=2, description="Connections that one API process may hold.")
+    database_connections: int = Field(20, ge=4, description="Connections that one API process may hold.")
 
     # Blobs: a directory, or a bucket of any S3 endpoint.
     blob_directory: Path | None = None

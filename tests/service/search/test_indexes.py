@@ -13,6 +13,8 @@ import tpv
 from tpv import errors
 from tpv.schemas.similarity import SearchAnswer
 from tpv_service import migrate
+from tpv_service.db import create_engine, create_reading_engine, create_sessionmaker
+from tpv_service.registry.queries import resolve_initialization
 from tpv_service.search import indexes
 from tpv_service.settings import Settings
 
@@ -136,3 +138,28 @@ async def test_migrations_leave_the_indexes_alone(client, database_url):
     await approximate(client)
     url = database_url.replace("postgresql://", "postgresql+psycopg://")
     await asyncio.to_thread(command.check, migrate.config(url))
+
+
+async def test_a_service_that_stops_leaves_off_building(client, database_url, settings):
+    await fill(client, 8)
+    engine, reading = create_engine(settings), create_reading_engine(settings)
+    sessions, readers = create_sessionmaker(engine), create_sessionmaker(reading)
+    async with (
+        await psycopg.AsyncConnection.connect(database_url) as writer,
+        await psycopg.AsyncConnection.connect(database_url, autocommit=True) as watching,
+    ):
+        await writer.execute("lock table versions in row exclusive mode")  # whose end the building waits for
+        async with asyncio.timeout(20):
+            async with indexes.Indexes(settings, sessions, readers).opened() as opened, readers() as session:
+                assert not await opened.ready(session, await resolve_initialization(session, "family"), COUNT)
+                await _seen(watching, building=True)
+            await _seen(watching, building=False)
+    await engine.dispose()
+    await reading.dispose()
+
+
+async def _seen(connection: psycopg.AsyncConnection, *, building: bool) -> None:
+    """Waits until an index is being built, or none."""
+    progress = "select from pg_stat_progress_create_index where datname = current_database()"
+    while (await (await connection.execute(progress)).fetchone() is not None) != building:  # noqa: ASYNC110 # the database knows
+        await asyncio.sleep(0.02)

@@ -77,9 +77,11 @@ async def test_a_token_may_do_what_its_scope_says(
     assert answered == allowed
 
 
-async def test_a_worker_reports_on_attempts_that_it_has_begun_alone(app: FastAPI, registry: tpv.AsyncClient):
+async def test_a_worker_reports_on_attempts_that_it_has_begun_alone(
+    app: FastAPI, settings: Settings, registry: tpv.AsyncClient
+):
     job = await tune(registry)
-    engine = create_engine(app.state["settings"])  # type: ignore[index]
+    engine = create_engine(settings)
     clients = []
     for name in ("one", "other"):
         async with create_sessionmaker(engine).begin() as session:

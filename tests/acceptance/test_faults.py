@@ -327,8 +327,9 @@ def test_a_job_that_does_not_fit_the_memory_is_computed_in_parts(faults: Faults)
     assert said
     assert said == [f"out of memory: from now on a batch is computed in {count} parts" for count in parts]
     asked_for = faults.client.jobs.tune(output="asked-for", accumulation=parts[-1], **ask).wait(timeout=200)
-    fingerprints = {faults.client.vectors.get(str(each.output)).fingerprint for each in (job, asked_for)}
-    assert len(fingerprints) == 1
+    # Equal but for the order of sums: the first step may have needed fewer parts than the second.
+    fell_back, asked = (faults.client.vectors.get(str(each.output)).load().tensor for each in (job, asked_for))
+    assert np.linalg.norm(fell_back - asked) < 1e-4 * np.linalg.norm(asked)
 
 
 def test_an_owner_has_one_running_job_at_a_time(faults: Faults) -> None:

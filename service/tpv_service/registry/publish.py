@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -131,27 +132,26 @@ def store_vectors(
                 check_declared(expected, found)
     header = files.header({"vector": start.shape})
     contents = [header + difference.astype("<f4", copy=False).tobytes() for difference in differences]
-    weights = differences.reshape(len(differences), -1).astype(np.float64)  # float32 would overflow from 1.8e19 on
+    with ThreadPoolExecutor(1) as writer:  # a disk takes as long as all of this
+        digests = writer.submit(store.put_many, contents)
+        prompt_fingerprints = [files.fingerprint(prompt) for prompt in tuned]
+        errors = np.abs(tuned - (start + differences)).max(axis=(1, 2)).tolist()
+        weights = differences.reshape(len(differences), -1).astype(np.float64)  # float32 would overflow from 1.8e19 on
+        # No product: BLAS would take threads for it, which then spin for longer than everything else here takes.
+        norms = np.sqrt(np.square(weights, out=weights).sum(axis=1)).tolist()
+        pooled = differences.mean(axis=1, dtype=np.float64).astype(np.float32)
     return [
         StoredVector(
             digest=digest,
             size=len(content),
             fingerprint=fingerprint,
-            prompt_fingerprint=files.fingerprint(prompt),
+            prompt_fingerprint=prompt_fingerprint,
             reconstruction_error=error,
             norm=norm,
-            pooled=pooled,
+            pooled=mean,
         )
-        for digest, content, fingerprint, prompt, error, norm, pooled in zip(
-            store.put_many(contents),
-            contents,
-            fingerprints,
-            tuned,
-            np.abs(tuned - (start + differences)).max(axis=(1, 2)).tolist(),
-            # No product: BLAS would take threads for it, which then spin for longer than everything else here takes.
-            np.sqrt(np.square(weights, out=weights).sum(axis=1)).tolist(),
-            differences.mean(axis=1, dtype=np.float64).astype(np.float32),
-            strict=True,
+        for digest, content, fingerprint, prompt_fingerprint, error, norm, mean in zip(
+            digests.result(), contents, fingerprints, prompt_fingerprints, errors, norms, pooled, strict=True
         )
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from alembic import command
@@ -9,8 +10,10 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
+_PATIENCE = 120.0  # seconds; a database that starts may have its log to replay
 _HERE = Path(__file__).parent
 
 
@@ -21,6 +24,21 @@ def config(database_url: str) -> Config:
     found.set_main_option("script_location", str(packaged if packaged.exists() else _HERE.parents[1] / "migrations"))
     found.attributes["database_url"] = database_url
     return found
+
+
+def wait_for(database_url: str) -> None:
+    """Returns when the database answers. Raises sqlalchemy.exc.OperationalError when it does not within two minutes."""
+    engine = create_engine(database_url, poolclass=NullPool)
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            engine.connect().close()
+        except OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.03)
+        else:
+            return
 
 
 def upgrade(database_url: str, revision: str = "head") -> None:

@@ -40,8 +40,11 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
 if __name__ == "__main__":
     # For `tpv up`, which keeps the listening socket open: the port stays ours when this process is started again.
-    from tpv_service import migrate
+    # It starts the database at the same time, so what takes long without one comes first.
+    from tpv_service import app, migrate  # noqa: F401
 
     settings = Settings()  # from the environment
-    migrate.upgrade(settings.database_url.get_secret_value())
+    database_url = settings.database_url.get_secret_value()
+    migrate.wait_for(database_url)
+    migrate.upgrade(database_url)
     serve(settings, socket.socket(fileno=int(sys.argv[1])))

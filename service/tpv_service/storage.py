@@ -1,4 +1,4 @@
-"""Blobs: files addressed by the sha256 of their content, in a directory or in a bucket of any S3 endpoint.
+"""Blobs: files addressed by the sha256 of their content, in a directory (here) or in a bucket (`s3.py`).
 
 Both stores block, all but `presigned_url`; the service calls them in threads. What `put` has returned from is durable.
 """
@@ -6,21 +6,12 @@ Both stores block, all but `presigned_url`; the service calls them in threads. W
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
-from io import BytesIO
 from pathlib import Path
 from typing import Protocol, TypeVar
-
-import structlog
-from minio import Minio
-from minio.error import InvalidResponseError, MinioException, S3Error
-from urllib3 import PoolManager, Retry, Timeout
-from urllib3.exceptions import HTTPError
 
 from tpv import files
 from tpv.errors import DamagedContent, NotFound, Unavailable
@@ -30,8 +21,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 THREADS = 8  #: that move the files of one request
-
-log = structlog.get_logger()
 
 
 class BlobStore(Protocol):
@@ -74,10 +63,12 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
 def create_store(settings: Settings) -> BlobStore:
     if settings.blob_directory is not None:
         return DirectoryStore(settings.blob_directory)
+    from tpv_service.s3 import S3Store  # here: the minio client is a tenth of the time that the service takes to start
+
     return S3Store(settings)
 
 
-def _verified(content: bytes, digest: str) -> bytes:
+def verified(content: bytes, digest: str) -> bytes:
     found = files.digest(content)
     if found != digest:
         raise DamagedContent(
@@ -130,7 +121,7 @@ class DirectoryStore:
     def get(self, digest: str) -> bytes:
         with self._errors():
             try:
-                return _verified(self._path(digest).read_bytes(), digest)
+                return verified(self._path(digest).read_bytes(), digest)
             except FileNotFoundError as error:
                 raise NotFound(f"the stored file {digest} is missing", digest=digest) from error
 
@@ -168,108 +159,3 @@ def _fsync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class S3Store:
-    """One object a blob, `ab/cdef...`, in a bucket that is made when it is missing."""
-
-    def __init__(self, settings: Settings) -> None:
-        assert settings.s3_endpoint is not None  # Settings checks it
-        assert settings.s3_secret_key is not None
-        self.bucket = settings.s3_bucket
-        self.presign: timedelta | None = settings.s3_presign_lifetime if settings.s3_presign else None
-        self.client = Minio(
-            settings.s3_endpoint,
-            access_key=settings.s3_access_key,
-            secret_key=settings.s3_secret_key.get_secret_value(),
-            region=settings.s3_region,
-            secure=settings.s3_secure,
-            http_client=PoolManager(
-                maxsize=settings.database_connections,
-                timeout=Timeout(connect=2, read=30),  # seconds
-                retries=Retry(total=2, backoff_factor=0.1, status_forcelist=[500, 502, 503, 504]),
-            ),
-        )
-        try:
-            self.check()
-        except Unavailable as error:
-            log.warning("the object store does not answer yet", detail=error.detail)
-
-    def put(self, content: bytes) -> str:
-        digest = files.digest(content)
-        with self._errors(digest):
-            try:
-                self._put(digest, content)
-            except (S3Error, InvalidResponseError) as error:
-                if _code(error) != "NoSuchBucket":
-                    raise
-                self._make_bucket()
-                self._put(digest, content)
-        return digest
-
-    def put_many(self, contents: Sequence[bytes]) -> list[str]:
-        return side_by_side(self.put, contents)
-
-    def _put(self, digest: str, content: bytes) -> None:
-        # The same name always holds the same bytes, so writing it again changes nothing.
-        self.client.put_object(self.bucket, self._name(digest), BytesIO(content), len(content))
-
-    def get(self, digest: str) -> bytes:
-        with self._errors(digest):
-            response = self.client.get_object(self.bucket, self._name(digest))
-            try:
-                return _verified(response.read(), digest)
-            finally:
-                response.close()
-                response.release_conn()
-
-    def delete(self, digest: str) -> None:
-        with self._errors(digest):
-            self.client.remove_object(self.bucket, self._name(digest))
-
-    def digests(self) -> Iterator[str]:
-        with self._errors():
-            for found in self.client.list_objects(self.bucket, recursive=True):
-                yield f"sha256:{found.object_name.replace('/', '')}"
-
-    def presigned_url(self, digest: str) -> str | None:
-        if self.presign is None:
-            return None
-        with self._errors(digest):
-            return self.client.presigned_get_object(self.bucket, self._name(digest), expires=self.presign)
-
-    def check(self) -> None:
-        with self._errors():
-            if not self.client.bucket_exists(self.bucket):
-                self._make_bucket()
-
-    def _make_bucket(self) -> None:
-        try:
-            self.client.make_bucket(self.bucket)
-        except S3Error as error:  # another process was faster
-            if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
-                raise
-
-    @staticmethod
-    def _name(digest: str) -> str:
-        name = digest.removeprefix("sha256:")
-        return f"{name[:2]}/{name[2:]}"
-
-    @contextmanager
-    def _errors(self, digest: str | None = None) -> Iterator[None]:
-        try:
-            yield
-        except (S3Error, InvalidResponseError) as error:
-            if _code(error) == "NoSuchKey":
-                raise NotFound(f"the stored file {digest} is missing", digest=digest) from error
-            raise Unavailable(f"the object store refused: {_code(error)}") from error
-        except (HTTPError, MinioException, OSError) as error:
-            raise Unavailable(f"the object store does not answer ({type(error).__name__}); try again later") from error
-
-
-def _code(error: S3Error | InvalidResponseError) -> str:
-    """The S3 error code. The minio client does not read it from servers that label their XML `text/xml`."""
-    if isinstance(error, S3Error):
-        return error.code or "unknown"
-    found = re.search(r"<Code>(\w+)</Code>", str(error))
-    return found[1] if found else "unknown"

@@ -85,10 +85,7 @@ class Postgres:
     def start(self) -> None:
         """Returns when the database answers. Raises EmbeddedError with what to do."""
         try:
-            make_data_dir(self.data_dir)
-            if self._own_group:
-                self._group.open()
-            self._prepare()
+            self.prepare()
             self._start_postmaster()
             self._create_database()
         except BaseException:
@@ -122,13 +119,19 @@ class Postgres:
 
     # What has to be there before the server starts.
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Makes what is missing, a cluster too; `url` can be told from here on, before anything answers there."""
+        if self._socket_dir:
+            return
+        make_data_dir(self.data_dir)
+        if self._own_group:
+            self._group.open()
         self._account = self._find_account()
         self._check_major()
         self._bin = self._find_programs()
-        self._make_socket_dir()
         if not self.cluster.exists():
             self._initialize()
+        self._make_socket_dir()
 
     def _check_major(self) -> None:
         if (file := self.cluster / "PG_VERSION").exists() and (found := file.read_text().strip()) != str(MAJOR):
@@ -179,8 +182,6 @@ class Postgres:
         return copy / package.name / _PROGRAMS / "bin"
 
     def _make_socket_dir(self) -> None:
-        if self._socket_dir:
-            return
         directory = self.data_dir / "run"
         if len(os.fsencode(directory / f".s.PGSQL.{_PORT}")) <= _SOCKET_PATH_LIMIT:
             if not directory.exists():
@@ -262,7 +263,7 @@ class Postgres:
 
     def _url(self, database: str) -> str:
         if self._socket_dir is None:
-            raise EmbeddedError("PostgreSQL is not running")
+            raise EmbeddedError("PostgreSQL is neither running nor prepared")
         return f"postgresql://tpv@/{database}?host={quote(str(self._socket_dir), safe='')}&port={_PORT}"
 
     def _run(self, program: str, args: list[str]) -> None:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self, TextIO
@@ -82,10 +82,13 @@ def up(data_dir: Path, *, host: str, port: int, workers: int, model_directories:
         _Signals() as signals,
         _listening(host, port, patience=_OLD_PORT if lock.read() else 0) as listener,
         ProcessGroup(data_dir / "log") as group,
-        Postgres(data_dir, group=group) as postgres,
+        ExitStack() as at_end,
     ):
         url = url_of(listener)
         _write(lock, {"pid": os.getpid(), "url": url})
+        postgres = Postgres(data_dir, group=group)
+        at_end.callback(postgres.stop)
+        postgres.prepare()
         api_settings = {
             "DATABASE_URL": postgres.url,
             "BLOB_DIRECTORY": str(data_dir / "blobs"),
@@ -100,7 +103,8 @@ def up(data_dir: Path, *, host: str, port: int, workers: int, model_directories:
 
         signals.children = [api, *fleet]
         try:
-            api.start()
+            api.start()  # first: its imports take longer than PostgreSQL, which it waits for
+            postgres.start()
             _wait_until_ready(url, api)
             for child in fleet:
                 child.env["TPV_QUEUE_URL"] = postgres.worker_url()  # of a role that the API's migrations allow in

@@ -37,7 +37,7 @@ from tpv_service.registry import queries as registry
 from tpv_service.registry.compatibility import check_same_initialization
 from tpv_service.registry.views import initialization_summary, version_reference
 from tpv_service.search import indexes, scores
-from tpv_service.search.family import Rows, as_bytes
+from tpv_service.search.family import Float32, Mask, Rows, as_bytes
 from tpv_service.search.queries import (
     Candidates,
     Query,
@@ -90,9 +90,15 @@ async def _nearest(
     if asked.metric == "cosine-prompt" and pool.mixed:  # each soft prompt has a P_init of its own
         start, *others = await scores.starts(request, [query.initialization, *pool.mixed])
         measure, target, matrix = scores.Measure(metric="cosine"), target + start, matrix + np.array(others)
-    similarities = await run_in_threadpool(measure.one_with_many, target, matrix, pool.where)
-    rows = await run_in_threadpool(scores.best, similarities, pool.where, asked.k)
-    return rows, similarities[rows], None
+    return *await run_in_threadpool(_by_comparing_all, measure, target, matrix, pool.where, asked.k), None
+
+
+def _by_comparing_all(
+    measure: scores.Measure, target: Float32, matrix: Float32, where: Mask, k: int
+) -> tuple[Rows, NDArray[np.float32]]:
+    similarities = measure.one_with_many(target, matrix, where)
+    rows = scores.best(similarities, where, k)
+    return rows, similarities[rows]
 
 
 def _by_sketch(query: Query, pool: Candidates, k: int) -> tuple[Rows, NDArray[np.float32]] | None:
@@ -105,10 +111,9 @@ def _by_sketch(query: Query, pool: Candidates, k: int) -> tuple[Rows, NDArray[np
 
 def _compared(query: Query, pool: Candidates, rows: Rows, k: int) -> tuple[Rows, NDArray[np.float32]]:
     """The best k of some candidates, by `dot`."""
-    everywhere = np.ones(len(rows), dtype=bool)
-    similarities = scores.Measure(metric="dot").one_with_many(query.pooled, pool.matrix[rows], everywhere)
-    kept = scores.best(similarities, everywhere, k)
-    return rows[kept], similarities[kept]
+    everywhere, dot = np.ones(len(rows), dtype=bool), scores.Measure(metric="dot")
+    kept, similarities = _by_comparing_all(dot, query.pooled, pool.matrix[rows], everywhere, k)
+    return rows[kept], similarities
 
 
 async def _nearest_flat(

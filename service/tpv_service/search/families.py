@@ -148,7 +148,7 @@ class _Copy:
 
 async def _catch_up(session: AsyncSession, initialization: UUID, family: Family) -> bool:
     """Adds what is new; False when the copy is of a time that the database does not know, as after a restore."""
-    known = await run_in_threadpool(family.since_horizon)
+    known = family.since_horizon()
     asked = {"family": initialization, "since": str(family.horizon), "known": known}
     look = (await session.execute(_LOOK, asked)).one()
     if look.horizon < family.horizon:

@@ -29,7 +29,7 @@ Sorted = tuple[Rows, NDArray[np.uint64]]  #: rows in the order of their ids' sec
 RECORD = np.dtype([("id", "V16"), ("vector", "V16"), ("txid", "<u8"), ("number", "<i4")])
 
 _BLOCK = 1 << 26  #: bytes that are read at a time to check them
-_SKETCHED = 20_000_000  #: numbers; fewer are multiplied as fast as a sketch is asked
+_SKETCHED = 5_000_000  #: numbers; fewer are multiplied as fast as a sketch is asked
 _TAIL = 8  #: rows are sorted, and sketched, anew when one in so many has come since
 _MANY = 64  #: vectors; the newest versions of more are found by sorting all rows once
 

@@ -38,22 +38,23 @@ class Measure:
     def one_with_many(self, query: Float32, matrix: Float32, where: Mask) -> NDArray[np.float32]:
         """Similarities (n,) of a pooled vector (d,) to those rows of a matrix (n, d); -inf for the others."""
         result = np.full(len(matrix), -np.inf, dtype=np.float32)
-        rows = np.flatnonzero(where)
-        if 2 * len(rows) > len(matrix):  # reading all in their order is quicker than picking these
+        count = int(where.sum())
+        if 2 * count > len(matrix):  # reading all in their order is quicker than picking these
             for start in range(0, len(matrix), _BLOCK):
                 result[start : start + _BLOCK] = self.compare(matrix[start : start + _BLOCK], query)
             result[~where] = -np.inf
         else:
-            for start in range(0, len(rows), _BLOCK):
+            rows = np.flatnonzero(where)
+            for start in range(0, count, _BLOCK):
                 some = rows[start : start + _BLOCK]
                 result[some] = self.compare(matrix[some], query)
-        _check_finite(result[rows], self.metric)
+        _check_finite(result, count, self.metric)
         return result
 
     def many_with_many(self, a: Float32, b: Float32) -> NDArray[np.float32]:
         """Similarities (n, m) of pooled vectors (n, d) and (m, d)."""
         result = self.compare(a, b)
-        _check_finite(result, self.metric)
+        _check_finite(result, result.size, self.metric)
         return result
 
     def compare(self, a: Float32, b: Float32) -> NDArray[np.float32]:
@@ -64,8 +65,8 @@ class Measure:
         return result
 
 
-def _check_finite(similarities: NDArray[np.float32], metric: str) -> None:
-    if not np.isfinite(similarities).all():
+def _check_finite(similarities: NDArray[np.float32], count: int, metric: str) -> None:
+    if np.count_nonzero(np.isfinite(similarities)) != count:
         raise Invalid(
             f"{metric}: products of these vectors leave the range of float32; leave out the ones with the largest "
             "norm, or register them scaled down"

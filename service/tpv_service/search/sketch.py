@@ -26,7 +26,7 @@ _HOPELESS = 0.5  #: with so much left over nothing is
 _ROUNDING = 1e-4  #: of |x|^2, added to what is left: more than float32 products of d <= 16,000 numbers are off by
 _BLOCK = 1 << 16  #: rows at a time
 _FIRST = 8  #: one in so many, the longest, is looked at first
-_HEAD = 64  #: rows of which the most promising one is compared
+_HEAD = 16  #: rows of which the most promising one is compared
 _RENEW = 4  #: the directions are found anew when a family has so many times the vectors
 
 

@@ -11,12 +11,22 @@ from fastapi import Depends, Header, Request
 from fastapi.encoders import jsonable_encoder
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy import select, update
+from sqlalchemy import bindparam, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tpv.errors import IdempotencyConflict
+from tpv_service.db import Table
 from tpv_service.registry.tables import IdempotencyRow
+
+# Of the tables, not the mapped classes: no loaded row has to be looked through afterwards.
+_TABLE = Table.metadata.tables[IdempotencyRow.__tablename__]
+_CLAIM = insert(_TABLE).on_conflict_do_nothing().returning(_TABLE.c.key)
+_KEEP = (
+    update(_TABLE)
+    .where(_TABLE.c.actor == bindparam("of_actor"), _TABLE.c.key == bindparam("of_key"))
+    .values(answer=bindparam("answer"), status=bindparam("status"))
+)
 
 KeyHeader = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 
@@ -37,18 +47,14 @@ class Idempotency:
         if self.key is None:
             return None
         self.actor = actor
-        claimed = await session.scalar(
-            insert(IdempotencyRow)
-            .values(actor=actor, key=self.key, request=self._digest(asked))
-            .on_conflict_do_nothing()
-            .returning(IdempotencyRow.key)
-        )
+        claimed = await session.scalar(_CLAIM, {"actor": actor, "key": self.key, "request": self._digest(asked)})
         return None if claimed is not None else await self.kept(session, actor, *asked)
 
     async def kept(self, session: AsyncSession, actor: str, *asked: Any) -> JSONResponse | None:
         """What `begin` gives, without a claim of the key."""
         self.actor = actor
-        kept = await session.scalar(select(IdempotencyRow).where(*self._mine())) if self.key is not None else None
+        mine = IdempotencyRow.actor == actor, IdempotencyRow.key == self.key
+        kept = await session.scalar(select(IdempotencyRow).where(*mine)) if self.key is not None else None
         if kept is None:
             return None
         if kept.request != self._digest(asked):
@@ -61,14 +67,12 @@ class Idempotency:
         """Keeps the answer under the key, and gives it as the response."""
         body: Mapping[str, Any] = answer.model_dump(mode="json")
         if self.key is not None:
-            await session.execute(update(IdempotencyRow).where(*self._mine()).values(answer=body, status=status))
+            kept = {"of_actor": self.actor, "of_key": self.key, "answer": body, "status": status}
+            await session.execute(_KEEP, kept)
         return JSONResponse(body, status)
 
     def _digest(self, asked: Any) -> str:
         return hashlib.sha256(json.dumps([self.path, jsonable_encoder(asked)], sort_keys=True).encode()).hexdigest()
-
-    def _mine(self) -> tuple[Any, ...]:
-        return IdempotencyRow.actor == self.actor, IdempotencyRow.key == self.key
 
 
 async def _of_request(request: Request, key: KeyHeader = None) -> Idempotency:

@@ -9,7 +9,8 @@ log-normal norms, and plain Gaussian as the worst case. Queries are registered v
 While the index of the service is being built, one registration after another is timed.
 
 A pool of 1,000,000 takes about a quarter of an hour to fill, and longer to index; name it, and beside it a small one:
-`--pools 1000000x768,10000x768` shows what a family of 1 % costs in such a table.
+`--pools 1000000x768,10000x768` shows what a family of 1 % costs in such a table. With `--no-indexes` none is built, and
+exact search is measured alone.
 """
 
 from __future__ import annotations
@@ -40,16 +41,18 @@ def main() -> None:
     parser.add_argument("--distributions", default="clustered,gaussian")
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--memory", type=int, default=2, help="GB, maintenance_work_mem while an index is built")
+    parser.add_argument("--indexes", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args()
     print(f"maintenance_work_mem {given.memory} GB")
-    with registry(search_index_memory=str(given.memory << 30)) as client:
+    never = {} if given.indexes else {"search_index_above": str(1 << 60)}
+    with registry(search_index_memory=str(given.memory << 30), **never) as client:
         for distribution in given.distributions.split(","):
             for pool in given.pools.split(","):
                 count, width = map(int, pool.split("x"))
-                measure(client, distribution, count, width, given.queries)
+                measure(client, distribution, count, width, given.queries, indexes=given.indexes)
 
 
-def measure(client: Served, distribution: str, count: int, width: int, queries: int) -> None:
+def measure(client: Served, distribution: str, count: int, width: int, queries: int, *, indexes: bool) -> None:
     name = f"{distribution}-{count}x{width}"
     print(f"\n{name}", flush=True)
     began = time.perf_counter()
@@ -72,7 +75,7 @@ def measure(client: Served, distribution: str, count: int, width: int, queries: 
     print(f"  first search, which reads the family: {time.perf_counter() - began:.1f} s")
     floor = show("one product, in memory", lambda row: matrix @ matrix[row], rows)[1]
     truth, _ = show("exact", lambda reference: search(reference, accuracy="exact"), references, floor=floor)
-    if wait_for_index(client, references[0], name):
+    if indexes and wait_for_index(client, references[0], name):
         for ef_search in EF_SEARCH:
             show(
                 f"approximate, ef_search {ef_search}",

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +225,36 @@ def test_what_is_no_model_is_refused(tmp_path: Path, config: dict[str, str] | No
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="cannot load the model"):
         Backbone.load(tmp_path)
+
+
+# The hub's client reads its environment when it is imported, and pauses between its tries.
+ASK_A_HUB = """
+import time
+time.sleep = lambda seconds: None
+from tpv_worker.backbone import Backbone
+try:
+    Backbone.load("some/model", revision=40 * "a")
+except Exception as error:
+    print(type(error).__name__, getattr(error, "reason", None), error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"HF_HUB_OFFLINE": "0"}, "HubUnavailable unavailable the model hub does not answer, and some/model is not in"),
+        ({"HF_HUB_OFFLINE": "1"}, "ModelError model cannot load the model some/model"),
+    ],
+    ids=["nobody answers", "nobody is asked"],
+)
+def test_a_hub_that_does_not_answer_is_no_fault_of_the_model(
+    tmp_path: Path, environment: dict[str, str], said: str
+) -> None:
+    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK_A_HUB], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    assert asked.stdout.startswith(said)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "modernbert", "vit", "whisper"])

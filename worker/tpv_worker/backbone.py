@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
@@ -47,7 +49,7 @@ from transformers import (
 from tpv.files import fingerprint
 from tpv.methods import TrainingOptions
 from tpv_worker.data import Example, Row
-from tpv_worker.errors import DataError, ModelError, OptionsError
+from tpv_worker.errors import DataError, HubUnavailable, ModelError, OptionsError
 
 Precision = Literal["auto", "float32", "bfloat16"]
 IGNORED = -100  #: label of positions that no loss is taken on; cross_entropy's default
@@ -114,7 +116,8 @@ class Backbone(ABC):
 
         Its weights are float32, or rounded to bfloat16 by `precision` (see `TrainingOptions`); soft prompts, logits and
         losses are float32 in any case. Code that comes with a model is never run; a local directory needs no network.
-        Raises ModelError when it cannot be loaded, or is of a kind that takes no soft prompt here.
+        Raises ModelError when it cannot be loaded, or is of a kind that takes no soft prompt here, and HubUnavailable
+        when the hub is needed and does not answer.
         """
         where: dict[str, Any] = {"revision": revision, "local_files_only": Path(path_or_id).is_dir()}
         loading = {"dtype": torch.float32, "output_loading_info": True, **where}
@@ -124,9 +127,13 @@ class Backbone(ABC):
             auto = AutoModelForSeq2SeqLM if kind is EncoderDecoder else AutoModelForCausalLM
             loaded: Any = auto.from_pretrained(path_or_id, config=config, **loading)
             tokenizer = AutoTokenizer.from_pretrained(path_or_id, **where)
-        # Missing files, unknown architectures, weights of another shape, damaged weights.
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"cannot load the model {path_or_id}: {error}") from error
+        except Exception as error:
+            if _is_unanswered(error):
+                raise HubUnavailable(f"the model hub does not answer, and {path_or_id} is not in its cache") from error
+            # Missing files, unknown architectures, weights of another shape, damaged weights.
+            if isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)):
+                raise ModelError(f"cannot load the model {path_or_id}: {error}") from error
+            raise
         model, info = loaded
         if info["missing_keys"]:  # transformers would go on with random weights in their place
             missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -440,6 +447,17 @@ class DecoderOnly(Backbone):
             "attention_mask": mask.long(),
             "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
         }
+
+
+def _is_unanswered(error: BaseException | None) -> bool:
+    """Whether this came of a hub that was asked and did not answer, or by a server's error of its own."""
+    while error is not None:
+        if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+            return True
+        if isinstance(error, LocalEntryNotFoundError):  # which has no cause where nobody was asked
+            return not isinstance(error.__cause__, OfflineModeIsEnabled | None)
+        error = error.__cause__
+    return False
 
 
 def _kind(config: Any) -> type[Backbone]:

@@ -11,7 +11,7 @@ from tpv.errors import TpvError
 
 
 class JobError(TpvError):
-    """The job cannot succeed as it was asked for; `reason` is stable, the message says what to change."""
+    """The job cannot succeed, as it was asked for or now; `reason` is stable, the message says what to change."""
 
     reason: ClassVar[str] = "internal"
 
@@ -32,6 +32,12 @@ class ModelError(JobError):
     """The base model cannot be loaded, or is of a kind that takes no soft prompt here."""
 
     reason = "model"
+
+
+class HubUnavailable(JobError):
+    """The model hub does not answer; the job may succeed when it does."""
+
+    reason = "unavailable"
 
 
 class TrainingDiverged(JobError):

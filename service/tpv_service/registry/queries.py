@@ -32,7 +32,7 @@ from tpv_service.registry.tables import AliasRow, BaseModelRow, InitializationRo
 
 _NOT_DELETED = (VersionRow.deleted_at.is_(None), VectorRow.deleted_at.is_(None))
 
-NEWEST = "newest"  #: in a path: the newest version that is not deleted
+NEWEST: Literal["newest"] = "newest"  #: in a path: the newest version that is not deleted
 SelectorKind = Literal["number", "alias", "newest"]
 
 
@@ -70,17 +70,35 @@ def named(reference: Reference) -> ColumnElement[bool]:
 
 async def resolve_version(session: AsyncSession, reference: str, *, deleted: bool = False) -> VersionRow:
     """The version that a reference means now: `[ns/]name`, `name:3`, `name@alias`, or an id. A deleted one if asked."""
-    parsed = Reference.parse(reference)
-    _check_names_vector(parsed)
-    statement = bare_version() if deleted else bare_version().where(*_NOT_DELETED)
-    if parsed.id:
-        statement = statement.where(VersionRow.id == parsed.id)
-    else:
-        statement = statement.where(named(parsed), *_selected_by(parsed))
-    row = (await session.scalars(statement.order_by(VersionRow.number.desc()).limit(1))).first()
+    row = await _resolve_one(session, Reference.parse(reference), deleted=deleted)
     if row is None:
         raise NotFound(f"there is no vector {reference}; see: tpv vector list", reference=reference)
     return row
+
+
+async def _resolve_one(
+    session: AsyncSession, reference: Reference, *, deleted: bool = False, pooled: bool = False
+) -> VersionRow | None:
+    _check_names_vector(reference)
+    kind, value = next(((key, found) for key in _KINDS if (found := getattr(reference, key)) is not None), (None, None))
+    asked = {"namespace": reference.namespace, "name": reference.name, "value": value}
+    return (await session.scalars(_meant(kind, deleted=deleted, pooled=pooled), asked)).first()
+
+
+_KINDS = ("id", "version", "alias")  #: what a reference may say beside a name, or instead
+
+
+@cache  # composing it takes a millisecond
+def _meant(kind: str | None, *, deleted: bool, pooled: bool) -> Select[VersionRow]:
+    statement = bare_version() if deleted else bare_version().where(*_NOT_DELETED)
+    if kind == "id":
+        statement = statement.where(VersionRow.id == bindparam("value"))
+    else:
+        place = VectorRow.namespace == bindparam("namespace"), VectorRow.name == bindparam("name")
+        which: SelectorKind = "number" if kind == "version" else "alias" if kind == "alias" else NEWEST
+        statement = statement.where(*place, *_selected(which, bindparam("value")))
+    statement = statement.order_by(VersionRow.number.desc()).limit(1)
+    return statement.options(*_TO_COMPARE) if pooled else statement
 
 
 async def resolve_versions(
@@ -94,8 +112,12 @@ async def resolve_versions(
     parsed = [Reference.parse(reference) for reference in references]
     for reference in parsed:
         _check_names_vector(reference)
-    asked = {key: [getattr(reference, key) for reference in parsed] for key in _ASKED}
-    found = {place: row for row, place in await session.execute(_resolved(pooled), asked)}
+    if len(parsed) == 1:  # the usual case, and one that Postgres need not plan anew each time
+        row = await _resolve_one(session, parsed[0], pooled=pooled)
+        found = {} if row is None else {1: row}
+    else:
+        asked = {key: [getattr(reference, key) for reference in parsed] for key in _ASKED}
+        found = {place: row for row, place in await session.execute(_resolved(pooled), asked)}
     if missing := list(dict.fromkeys(r for i, r in enumerate(references, 1) if i not in found)):
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise NotFound(f"there is no vector {shown}; see: tpv vector list", references=missing)
@@ -229,12 +251,6 @@ def _selected(kind: SelectorKind, value: Any) -> Sequence[ColumnElement[bool]]:
             return [VersionRow.number == points_here.scalar_subquery()]
         case "newest":
             return []
-
-
-def _selected_by(reference: Reference) -> Sequence[ColumnElement[bool]]:
-    if reference.version is not None:
-        return _selected("number", reference.version)
-    return _selected("alias", reference.alias) if reference.alias is not None else []
 
 
 async def vector_by_name(

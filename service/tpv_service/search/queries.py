@@ -82,7 +82,7 @@ class Candidates:
 
     @property
     def size(self) -> int:
-        return int(self.where.sum())
+        return int(np.count_nonzero(self.where))
 
     def echo(self, metric: str, query: Query, *, how: str | None = None) -> PoolEcho:
         """What an answer says of the pool; `how` says how candidates were left out without comparing them."""

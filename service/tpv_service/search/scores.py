@@ -38,7 +38,7 @@ class Measure:
     def one_with_many(self, query: Float32, matrix: Float32, where: Mask) -> NDArray[np.float32]:
         """Similarities (n,) of a pooled vector (d,) to those rows of a matrix (n, d); -inf for the others."""
         result = np.full(len(matrix), -np.inf, dtype=np.float32)
-        count = int(where.sum())
+        count = int(np.count_nonzero(where))
         if 2 * count > len(matrix):  # reading all in their order is quicker than picking these
             for start in range(0, len(matrix), _BLOCK):
                 result[start : start + _BLOCK] = self.compare(matrix[start : start + _BLOCK], query)

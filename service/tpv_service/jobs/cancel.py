@@ -16,17 +16,18 @@ from tpv_service.queue import Queue
 async def cancel_job(session: AsyncSession, queue: Queue, job_id: UUID, actor: str) -> JobRow:
     """Ends the job at once; its worker is told to stop, and what it still reports is refused.
 
-    With it go the jobs that were submitted for it and that no other one needs.
+    With it go the jobs that were submitted for it and that no other one needs, also when one of these has failed it.
     """
     prepared = await queries.lock_prepared(session, job_id)
     job = await queries.lock_job(session, job_id)
-    if job.state != "cancelled":
-        if has_ended(job):
+    if has_ended(job):
+        if not prepared and job.state != "cancelled":
             raise JobFinished(f"job {job_id} is {job.state} already; only a queued or running job can be cancelled")
+    else:
         await _cancel(session, queue, job, f"cancelled by {actor}")
-        for needed in prepared:
-            if not await queries.is_needed(session, needed.id):
-                await _cancel(session, queue, needed, f"cancelled with job {job_id}, which alone needed it")
+    for needed in prepared:
+        if not await queries.is_needed(session, needed.id):
+            await _cancel(session, queue, needed, f"cancelled with job {job_id}, which alone needed it")
     return await queries.job_by_id(session, job_id)
 
 

@@ -146,6 +146,20 @@ async def test_cancelling_takes_along_what_was_submitted_for_it_alone(registry: 
     assert (await tunings["cr-own"].refresh()).message == f"cancelled with job {job.id}, which alone needed it"
 
 
+async def test_cancelling_takes_along_what_is_left_of_a_job_that_failed(
+    registry: AsyncClient, queue_tables: QueueTables
+):
+    job, tunings = await prepared(registry)
+    await (await Worker.takes(registry, tunings["mr-own"])).fails()
+    await job.cancel()
+
+    assert (job.state, job.reason) == ("failed", "dependency")
+    states = {name: (await tuning.refresh()).state for name, tuning in tunings.items()}
+    assert states == {"mr-own": "failed", "subj-own": "cancelled", "cr-own": "cancelled"}
+    with pytest.raises(errors.JobFinished):
+        await job.cancel()
+
+
 async def test_a_retry_takes_up_what_was_made_meanwhile(registry: AsyncClient, queue_tables: QueueTables):
     job, tunings = await prepared(registry)
     await (await Worker.takes(registry, tunings["mr-own"])).fails()

@@ -232,7 +232,9 @@ def test_events_tell_the_run_in_order(backbone: Backbone, prompt: Tensor, rows: 
     assert [event["step"] for event in events] == sorted(event["step"] for event in events)
     assert [event["step"] for event in events if event["type"] == "progress"] == [5, 10, 12]
     assert [(e["step"], e["value"]) for e in events if e["type"] == "evaluation"] == result.validations
-    assert [(e["step"], tuple(e["members"])) for e in events if e["type"] == "group"] == result.groups
+    groups = [event for event in events if event["type"] == "group"]
+    assert [(event["step"], tuple(event["members"])) for event in groups] == result.groups
+    assert [event["changes"] for event in groups] == [*range(len(groups))]
     assert result.groups[0][0] == 1
     assert all(before[1] != after[1] for before, after in zip(result.groups, result.groups[1:], strict=False))
     assert events[-1] == {"type": "evaluation", "step": 12, "metric": "accuracy", "value": result.validations[-1][1]}

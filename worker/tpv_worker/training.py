@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel
@@ -62,6 +62,9 @@ class Course(BaseModel):
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
 
+    def group_event(self, step: int) -> dict[str, Any]:
+        return {"type": "group", "step": step, "members": list(self.members or ()), "changes": len(self.groups) - 1}
+
 
 def train(
     backbone: Backbone,
@@ -92,8 +95,8 @@ def train(
     After a step `checkpoints` may ask for the run's state. A run that goes on from one does what the run that wrote it
     would have done, on a CPU to the bit; its method is told so by `resume`, in the place of `prepare`.
 
-    `report` gets {"type": "progress", step, steps, loss, learning_rate}, {"type": "group", step, members} and
-    {"type": "evaluation", step, metric, value}; what it raises ends the run.
+    `report` gets {"type": "progress", step, steps, loss, learning_rate}, {"type": "group", step, members,
+    changes} and {"type": "evaluation", step, metric, value}; what it raises ends the run.
     Raises DataError and OptionsError before the first step, TrainingDiverged and OutOfMemory during the run.
     """
     clock, cpu_clock = time.perf_counter(), time.process_time()
@@ -133,7 +136,7 @@ def train(
         run, best = load_state(found, method, optimizer)
         clock, cpu_clock = clock - run.wall_seconds, cpu_clock - run.cpu_seconds
         if run.members is not None:
-            report({"type": "group", "step": run.step, "members": list(run.members)})
+            report(run.group_event(run.step))
     recent: list[Tensor] = []  # losses since the last look at them, on the device
 
     def look() -> None:
@@ -197,7 +200,7 @@ def train(
         if method.members is not None and method.members != run.members:
             run.members = method.members
             run.groups.append((step, run.members))
-            report({"type": "group", "step": step, "members": list(run.members)})
+            report(run.group_event(step))
 
         last = step == options.steps
         due = last or step % options.evaluate_every == 0

@@ -157,7 +157,7 @@ class Progress(Answer):
     metric: str | None = None
     value: float | None = None
     group: list[str] | None = None
-    group_changes: int | None = None  #: in this attempt so far
+    group_changes: int | None = None  #: of the run so far, in whatever attempts
     samples_per_second: float | None = None  #: over the last half minute or so, validations included
     eta: float | None = None  #: seconds from `at` to the last step, at this speed
     at: datetime | None = None  #: of the step, by the worker's clock

@@ -96,8 +96,7 @@ def _progress(progress: dict[str, Any], events: list[EventReport], batch_size: i
     try:
         for event in events:
             if event.type == "group":
-                changes = 0 if where.group_changes is None else where.group_changes + 1
-                said = {"group": event.data.get("members"), "group_changes": changes}
+                said = {"group": event.data.get("members"), "group_changes": event.data.get("changes")}
             elif event.type in ("progress", "evaluation"):
                 said = {name: event.data[name] for name in Progress.model_fields if name in event.data}
             else:

@@ -174,7 +174,7 @@ async def test_events_are_followed_and_show_where_the_job_is(registry: AsyncClie
         event("phase", message="tuning"),
         event("progress", step=10, steps=50, loss=1.5),
         event("evaluation", step=10, metric="accuracy", value=0.5, split="validation"),
-        event("group", step=11, members=["default/mnli:1"]),
+        event("group", step=11, members=["default/mnli:1"], changes=2),
         event("progress", step=20, steps=50, loss=1.0),
     ]
     await worker.tells(*reports[:3])
@@ -183,7 +183,7 @@ async def test_events_are_followed_and_show_where_the_job_is(registry: AsyncClie
     shown = (await registry.jobs.get(job)).progress
     assert (shown.step, shown.steps, shown.loss) == (20, 50, 1.0)
     assert (shown.metric, shown.value, shown.group) == ("accuracy", 0.5, ["default/mnli:1"])
-    assert shown.group_changes == 0
+    assert shown.group_changes == 2
     # 10 steps in the 3 ticks of a second between the two, in batches of 32.
     assert (shown.samples_per_second, shown.eta) == pytest.approx((320 / 3, 9.0))
     page = await registry.jobs.events(job, limit=4)

@@ -109,7 +109,9 @@ async def revoke_token(session: AsyncSession, name: str) -> None:
 
 
 async def any_token(session: AsyncSession) -> bool:
-    return bool(await session.scalar(select(exists().where(TokenRow.revoked_at.is_(None)))))
+    """Whether there is one that somebody could use."""
+    expired = TokenRow.expires_at <= func.now()
+    return bool(await session.scalar(select(exists().where(TokenRow.revoked_at.is_(None), expired.is_not(True)))))
 
 
 async def ensure_initial_token(session: AsyncSession, token: str) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 from tpv.cli.main import main
@@ -53,9 +54,15 @@ def test_a_database_that_does_not_answer_is_one_line(
 
 @pytest.mark.usefixtures("environment")
 def test_nobody_else_gets_in_without_a_token(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    database_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TPV_HOST", "0.0.0.0")  # noqa: S104 # the refusal is what is tested
+    assert main(["serve"]) == 1
+    assert "there is no token yet" in capsys.readouterr().err
+
+    assert main(["admin", "token", "create", "old", "--scope", "read", "--days", "1"]) == 0
+    with psycopg.connect(database_url) as connection:
+        connection.execute("update tokens set expires_at = now() - interval '1 second'")
     assert main(["serve"]) == 1
     assert "there is no token yet" in capsys.readouterr().err
 

@@ -80,23 +80,28 @@ async def _resolve_one(
     session: AsyncSession, reference: Reference, *, deleted: bool = False, pooled: bool = False
 ) -> VersionRow | None:
     _check_names_vector(reference)
-    kind, value = next(((key, found) for key in _KINDS if (found := getattr(reference, key)) is not None), (None, None))
-    asked = {"namespace": reference.namespace, "name": reference.name, "value": value}
-    return (await session.scalars(_meant(kind, deleted=deleted, pooled=pooled), asked)).first()
-
-
-_KINDS = ("id", "version", "alias")  #: what a reference may say beside a name, or instead
+    if reference.id:
+        by_id = _by_id(deleted=deleted, pooled=pooled)
+        return (await session.scalars(by_id, {"value": reference.id})).first()
+    kind: SelectorKind = "number" if reference.version else "alias" if reference.alias else NEWEST
+    by_name = _by_name(kind, deleted=deleted, pooled=pooled)
+    asked = {"namespace": reference.namespace, "name": reference.name, "value": reference.version or reference.alias}
+    return (await session.scalars(by_name, asked)).first()
 
 
 @cache  # composing it takes a millisecond
-def _meant(kind: str | None, *, deleted: bool, pooled: bool) -> Select[VersionRow]:
+def _by_id(*, deleted: bool, pooled: bool) -> Select[VersionRow]:
+    return _one(deleted=deleted, pooled=pooled).where(VersionRow.id == bindparam("value"))
+
+
+@cache
+def _by_name(kind: SelectorKind, *, deleted: bool, pooled: bool) -> Select[VersionRow]:
+    place = VectorRow.namespace == bindparam("namespace"), VectorRow.name == bindparam("name")
+    return _one(deleted=deleted, pooled=pooled).where(*place, *_selected(kind, bindparam("value")))
+
+
+def _one(*, deleted: bool, pooled: bool) -> Select[VersionRow]:
     statement = bare_version() if deleted else bare_version().where(*_NOT_DELETED)
-    if kind == "id":
-        statement = statement.where(VersionRow.id == bindparam("value"))
-    else:
-        place = VectorRow.namespace == bindparam("namespace"), VectorRow.name == bindparam("name")
-        which: SelectorKind = "number" if kind == "version" else "alias" if kind == "alias" else NEWEST
-        statement = statement.where(*place, *_selected(which, bindparam("value")))
     statement = statement.order_by(VersionRow.number.desc()).limit(1)
     return statement.options(*_TO_COMPARE) if pooled else statement
 
@@ -133,7 +138,8 @@ _ASKED: dict[str, TypeEngine[Any]] = {
 }
 
 
-#: What similarities are computed and told from. To read the rest as well takes a search a tenth of its time.
+#: What similarities are computed and told from. To read the rest as well takes a search a tenth of its time; versions
+#: that the session has already lose theirs, and what is needed of these is taken before.
 _TO_COMPARE = (
     load_only(
         *(VersionRow.id, VersionRow.vector_id, VersionRow.initialization_id, VersionRow.number, VersionRow.digest),

@@ -36,6 +36,7 @@ log = structlog.get_logger()
 
 _ROWS_HELD = 4_000_000  #: of all families together; at most 330 bytes of memory each, beside what the system maps
 _PATIENCE = 20.0  #: seconds that a query waits for a large family to be read; it goes on without the query
+_FEW = 1_000  #: versions that are looked through as fast as a thread takes over
 _BLOCK = 1 << 24  #: bytes that are taken over at a time while a family is read
 
 _SOURCE = text("""
@@ -148,7 +149,8 @@ class _Copy:
 
 async def _catch_up(session: AsyncSession, initialization: UUID, family: Family) -> bool:
     """Adds what is new; False when the copy is of a time that the database does not know, as after a restore."""
-    known = family.since_horizon()
+    few = family.recent < _FEW
+    known = family.since_horizon() if few else await run_in_threadpool(family.since_horizon)
     asked = {"family": initialization, "since": str(family.horizon), "known": known}
     look = (await session.execute(_LOOK, asked)).one()
     if look.horizon < family.horizon:

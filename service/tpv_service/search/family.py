@@ -153,6 +153,11 @@ class Family:
             touched = np.unique(now.records["vector"][rows])
             self.snapshot = _with_newest(replace(now, alive=changed), touched)
 
+    @property
+    def recent(self) -> int:
+        """How many versions `since_horizon` looks through."""
+        return len(self._recent)
+
     def since_horizon(self) -> list[UUID]:
         """The versions that a look at everything since the horizon would find again."""
         records = self.snapshot.records

@@ -54,8 +54,7 @@ class Sketch:
         with np.errstate(over="ignore", invalid="ignore"):
             low = _reduced(query[np.newaxis], self.basis)[:, 0]
             bound = low @ self.low[:, :size]  # at least the product
-            if 2 * np.count_nonzero(where) < len(where):  # else few are chosen in vain, and looking takes as long
-                bound[~where[self.rows[:size]]] = -np.inf
+            bound[~where[self.rows[:size]]] = -np.inf
             heads = bound.reshape(-1, _HEAD)
             first = np.argpartition(heads.max(axis=1), -count)[-count:]
             few = self.rows[first * _HEAD + heads[first].argmax(axis=1)]
@@ -90,7 +89,7 @@ def sketch_of(matrix: Float32, before: Sketch | None = None) -> Sketch:
         norms[at : at + _BLOCK] = np.sqrt(np.einsum("nd,nd->n", block, block))
     order = np.argsort(-norms, kind="stable")
     rows = np.concatenate([before.rows, np.arange(start, n)])
-    return Sketch(before.basis, rows[order], norms[order], low[:, order], before.found_in)
+    return Sketch(before.basis, rows[order], norms[order], np.take(low, order, axis=1), before.found_in)
 
 
 def _reduced(vectors: Float32, basis: Float32) -> Float32:

@@ -89,7 +89,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     problems.install(app)
     app.include_router(health.router)
-    for module in (  # asked most first: routes are tried one after another, and a miss costs as much as a small query
+    for module in (  # those asked most come first: routes are tried one after another
         *(versions, search),
         *(initializations, vectors, bulk, filters, prompts, lineage, aliases, evaluations, combinations),
         *(datasets, jobs, workers),

@@ -120,7 +120,7 @@ class Postgres:
     # What has to be there before the server starts.
 
     def prepare(self) -> None:
-        """Makes what is missing, a cluster too; `url` can be told from here on, before anything answers there."""
+        """Makes what is missing, a cluster too, once nobody else runs on it; `url` can be told from here on."""
         if self._socket_dir:
             return
         make_data_dir(self.data_dir)
@@ -131,6 +131,7 @@ class Postgres:
         self._bin = self._find_programs()
         if not self.cluster.exists():
             self._initialize()
+        self._wait_for_predecessor()
         self._make_socket_dir()
 
     def _check_major(self) -> None:
@@ -207,20 +208,21 @@ class Postgres:
         deadline = time.monotonic() + _PREDECESSOR
         while True:
             recorded = _recorded_pid(self.cluster)
-            if recorded and _is_postmaster(recorded, self.cluster):
-                problem = f"another PostgreSQL (pid {recorded}) runs on {self.cluster}; stop it first"
-            else:
-                self._process = self._launch(stale_pid=recorded)
-                if self._answers(self._process):
-                    return
-                self._process = None
+            self._process = self._launch(stale_pid=recorded)
+            if self._answers(self._process):
+                return
+            self._process = None
+            # After a crash its last backends may hold the shared memory for a moment: PostgreSQL refuses till then.
+            if not recorded or time.monotonic() > deadline:
                 log = self._group.log("postgres")
-                problem = f"PostgreSQL does not start: {last_line(log)} (more in {log})"
-                if not recorded:
-                    raise EmbeddedError(problem)
-                # After a crash its last backends may hold the shared memory for a moment: PostgreSQL refuses till then.
+                raise EmbeddedError(f"PostgreSQL does not start: {last_line(log)} (more in {log})")
+            time.sleep(0.1)
+
+    def _wait_for_predecessor(self) -> None:
+        deadline = time.monotonic() + _PREDECESSOR
+        while (recorded := _recorded_pid(self.cluster)) and _is_postmaster(recorded, self.cluster):
             if time.monotonic() > deadline:
-                raise EmbeddedError(problem)
+                raise EmbeddedError(f"another PostgreSQL (pid {recorded}) runs on {self.cluster}; stop it first")
             time.sleep(0.1)
 
     def _launch(self, stale_pid: int | None) -> subprocess.Popen[bytes]:

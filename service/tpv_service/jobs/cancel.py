@@ -20,14 +20,14 @@ async def cancel_job(session: AsyncSession, queue: Queue, job_id: UUID, actor: s
     """
     prepared = await queries.lock_prepared(session, job_id)
     job = await queries.lock_job(session, job_id)
-    if has_ended(job):
-        if not prepared and job.state != "cancelled":
-            raise JobFinished(f"job {job_id} is {job.state} already; only a queued or running job can be cancelled")
-    else:
+    ended = has_ended(job)
+    if not ended:
         await _cancel(session, queue, job, f"cancelled by {actor}")
-    for needed in prepared:
-        if not await queries.is_needed(session, needed.id):
-            await _cancel(session, queue, needed, f"cancelled with job {job_id}, which alone needed it")
+    alone = [needed for needed in prepared if not await queries.is_needed(session, needed.id)]
+    if ended and not alone and job.state != "cancelled":
+        raise JobFinished(f"job {job_id} is {job.state} already; only a queued or running job can be cancelled")
+    for needed in alone:
+        await _cancel(session, queue, needed, f"cancelled with job {job_id}, which alone needed it")
     return await queries.job_by_id(session, job_id)
 
 

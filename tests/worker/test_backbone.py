@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -239,21 +241,47 @@ except Exception as error:
 """
 
 
+class Refusing(BaseHTTPRequestHandler):
+    """A hub that answers everything with one status."""
+
+    status = 503
+
+    def do_HEAD(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+
+    do_GET = do_HEAD  # noqa: N815 # the names that http.server asks for
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+UNANSWERED = "HubUnavailable unavailable the model hub does not answer, and some/model is not in its cache"
+WRONG = "ModelError model cannot load the model some/model"
+
+
 @pytest.mark.parametrize(
-    ("environment", "said"),
-    [
-        ({"HF_HUB_OFFLINE": "0"}, "HubUnavailable unavailable the model hub does not answer, and some/model is not in"),
-        ({"HF_HUB_OFFLINE": "1"}, "ModelError model cannot load the model some/model"),
-    ],
-    ids=["nobody answers", "nobody is asked"],
+    ("offline", "status", "said"),
+    [("0", None, UNANSWERED), ("0", 503, UNANSWERED), ("0", 403, WRONG), ("1", None, WRONG)],
+    ids=["nobody answers", "it is broken", "it refuses", "nobody is asked"],
 )
 def test_a_hub_that_does_not_answer_is_no_fault_of_the_model(
-    tmp_path: Path, environment: dict[str, str], said: str
+    tmp_path: Path, offline: str, status: int | None, said: str
 ) -> None:
-    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    asked = subprocess.run(
-        [sys.executable, "-c", ASK_A_HUB], env=os.environ | environment, capture_output=True, text=True, check=True
-    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (Refusing,), {"status": status})) as hub:
+        if status:
+            threading.Thread(target=hub.serve_forever, daemon=True).start()
+        else:
+            hub.server_close()  # its port is nobody's
+        place = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
+        asked = subprocess.run(
+            [sys.executable, "-c", ASK_A_HUB],
+            env=os.environ | place | {"HF_HUB_OFFLINE": offline},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        if status:
+            hub.shutdown()
     assert asked.stdout.startswith(said)
 
 

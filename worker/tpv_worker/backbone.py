@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
@@ -450,13 +450,16 @@ class DecoderOnly(Backbone):
 
 
 def _is_unanswered(error: BaseException | None) -> bool:
-    """Whether this came of a hub that was asked and did not answer, or by a server's error of its own."""
+    """Whether this came of a hub that was asked and did not answer, or with an error that is its own."""
     while error is not None:
-        if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
-            return True
-        if isinstance(error, LocalEntryNotFoundError):  # which has no cause where nobody was asked
-            return not isinstance(error.__cause__, OfflineModeIsEnabled | None)
-        error = error.__cause__
+        match error:
+            case OfflineModeIsEnabled() | FileMetadataError():  # both are ConnectionError or the like, and stay
+                return False
+            case HfHubHTTPError():
+                return error.response.status_code >= 500 or error.response.status_code == 429
+            case ConnectionError() | TimeoutError() | socket.gaierror():
+                return True
+        error = error.__cause__ or error.__context__
     return False
 
 

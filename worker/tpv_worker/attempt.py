@@ -9,7 +9,6 @@ import signal
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
@@ -122,8 +121,12 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel)
                 failure = failure_of(error)
                 if failure.reason == "crashed":
                     events.log("".join(traceback.format_exception(error)[-5:]))
-                with suppress(Exception):  # how it ended is worth more than what was seen on the way
+                try:
                     events.flush()
+                except Unavailable:
+                    raise
+                except ProblemError:  # what was seen on the way is refused; how it ended is worth more
+                    traceback.print_exc()
                 client.jobs.fail(started.job, started.number, failure)
         except (StaleAttempt, JobFinished):
             return  # somebody else has the job, or nobody wants it any more

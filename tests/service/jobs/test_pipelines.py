@@ -160,6 +160,15 @@ async def test_cancelling_takes_along_what_is_left_of_a_job_that_failed(
         await job.cancel()
 
 
+async def test_cancelling_a_job_that_failed_leaves_alone_what_another_one_needs(registry: AsyncClient):
+    job, tunings = await prepared(registry)
+    await prepared(registry, sources=["mnli", "subj-own"], prepare={"subj-own": "subj"}, output="other")
+    await (await Worker.takes(registry, tunings["mr-own"])).fails()
+    with pytest.raises(errors.JobFinished):
+        await job.cancel()
+    assert (await tunings["subj-own"].refresh()).state == "queued"
+
+
 async def test_a_retry_takes_up_what_was_made_meanwhile(registry: AsyncClient, queue_tables: QueueTables):
     job, tunings = await prepared(registry)
     await (await Worker.takes(registry, tunings["mr-own"])).fails()

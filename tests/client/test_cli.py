@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -494,6 +494,15 @@ def test_watching_prints_the_events(run: Run, registry: Any, wire: Any) -> None:
     assert (event["job"], event["data"]) == (job["id"], {"message": "hello"})
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C reaches children, also when the tests run as a shell's background job, which ignores it and its own do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_leaves_the_job_running(registry: Any, wire: Any, served: str) -> None:
     job = wire.job("running")
     registry.on(f"GET /jobs/{job['id']}", job)

@@ -41,7 +41,7 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 if __name__ == "__main__":
     # For `tpv up`, which keeps the listening socket open: the port stays ours when this process is started again.
     # It starts the database at the same time: imports come first, for they need none.
-    from tpv_service import app, migrate  # noqa: F401
+    from tpv_service import app, migrate  # noqa: F401 # what `serve` imports takes longest
 
     settings = Settings()  # from the environment
     database_url = settings.database_url.get_secret_value()

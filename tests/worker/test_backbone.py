@@ -234,10 +234,11 @@ ASK_A_HUB = """
 import time
 time.sleep = lambda seconds: None
 from tpv_worker.backbone import Backbone
+from tpv_worker.errors import JobError
 try:
     Backbone.load("some/model", revision=40 * "a")
-except Exception as error:
-    print(type(error).__name__, getattr(error, "reason", None), error)
+except JobError as error:
+    print(type(error).__name__, error.reason, error)
 """
 
 

@@ -127,7 +127,7 @@ class Backbone(ABC):
             auto = AutoModelForSeq2SeqLM if kind is EncoderDecoder else AutoModelForCausalLM
             loaded: Any = auto.from_pretrained(path_or_id, config=config, **loading)
             tokenizer = AutoTokenizer.from_pretrained(path_or_id, **where)
-        except Exception as error:
+        except Exception as error:  # of any sort: what the hub's client raises has no class of its own
             if _is_unanswered(error):
                 raise HubUnavailable(f"the model hub does not answer, and {path_or_id} is not in its cache") from error
             # Missing files, unknown architectures, weights of another shape, damaged weights.

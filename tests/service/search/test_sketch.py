@@ -58,6 +58,16 @@ def test_most_are_ruled_out():
     assert len(rows) < COUNT / 20
 
 
+def test_the_best_may_be_excluded():
+    matrix, where = alike(0), np.ones(COUNT, bool)
+    where[np.argsort(-(matrix @ matrix[5]))[:1000]] = False
+    rows = sketch_of(matrix).promising(matrix, matrix[5], where, 1)
+
+    assert rows is not None
+    assert where[rows].all()
+    assert set(best_of_all(matrix, matrix[5], where, 1)) <= set(rows.tolist())
+
+
 def test_where_vectors_have_nothing_in_common_all_are_compared():
     matrix = np.random.default_rng(0).normal(size=(COUNT, 200)).astype(np.float32)
 

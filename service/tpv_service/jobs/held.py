@@ -1,7 +1,7 @@
 """Jobs that may not start where they are, or now: a worker that has taken one is told so, and the job is held back.
 
-- It asks for more memory than the worker has. It comes to the workers again a little later, or, when none that is
-  there has as much, once there is one.
+- It asks for more memory than the worker has. It comes to the workers again a little later, or, when none of its queue
+  that is there has as much, once there is one.
 - Its owner has as many running jobs as TPV_JOBS_PER_OWNER allows. It comes again when one of these ends.
 
 The check is made where an attempt starts, because only there it is known by whom, and what else runs. A job that comes
@@ -13,7 +13,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from pydantic import ByteSize
-from sqlalchemy import exists, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from tpv_service.jobs import queries
@@ -29,9 +29,7 @@ async def hold_back(session: AsyncSession, queue: Queue, job: JobRow, worker: st
     able = None
     message = await _too_little_memory(session, job, worker)
     if message is not None:
-        able = await session.scalar(
-            select(exists().where(WorkerRow.memory >= job.min_memory, queries.worker_is_there()))
-        )
+        able = await session.scalar(select(queries.has_able_worker(job)))
     else:
         message = await _too_many_jobs(session, queue, job)
     if message is None:

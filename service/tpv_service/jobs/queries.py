@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
+from sqlalchemy import ColumnElement, Select, and_, any_, exists, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased, joinedload, selectinload
 
@@ -119,13 +119,18 @@ def _held() -> ColumnElement[bool]:
     """Waiting outside the queue, though for no other job, nor for a worker that is not there."""
     needed = aliased(JobRow)
     unmet = exists().where(NeedRow.job_id == JobRow.id, needed.id == NeedRow.needs_id, needed.state != "succeeded")
-    able = exists().where(WorkerRow.memory >= JobRow.min_memory, worker_is_there())
-    return and_(JobRow.state == "queued", JobRow.queue_id.is_(None), ~unmet, or_(JobRow.min_memory.is_(None), able))
+    fits = or_(JobRow.min_memory.is_(None), has_able_worker(JobRow))
+    return and_(JobRow.state == "queued", JobRow.queue_id.is_(None), ~unmet, fits)
 
 
-def worker_is_there() -> ColumnElement[bool]:
-    """Whether a worker takes jobs, as far as is known."""
-    return and_(WorkerRow.state == "ready", WorkerRow.last_seen > func.now() - WORKER_SILENCE)
+def has_able_worker(job: JobRow | type[JobRow]) -> ColumnElement[bool]:
+    """Whether a worker that takes from the job's queue is there, as far as is known, with the memory it asks for."""
+    return exists().where(
+        WorkerRow.memory >= job.min_memory,
+        or_(WorkerRow.queues.is_(None), any_(WorkerRow.queues) == job.queue),
+        WorkerRow.state == "ready",
+        WorkerRow.last_seen > func.now() - WORKER_SILENCE,
+    )
 
 
 async def live_job_like(session: AsyncSession, spec: dict[str, Any]) -> UUID | None:

@@ -100,6 +100,7 @@ async def test_it_waits_outside_the_queue_until_such_a_worker_is_there(
     await there(registry, "small", 8 * GB)
     job, other = await tune(registry, min_memory=24 * GB), await tune(registry, "other")
     assert queue_tables.take() == str(job.id)
+    await there(registry, "of-another-queue", 24 * GB, queues=["large"])
     await refused(registry, job, "small", "waits for a worker")
     await release(settings)
     assert queue_tables.entries()[str(job.id)] == ["doing"]

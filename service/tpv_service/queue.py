@@ -103,6 +103,12 @@ class Queue:
         """Ends an entry that a lost worker holds, when the session commits; whatever it does then is for nothing."""
         await session.execute(_END, {"queue_id": queue_id})
 
+    async def forget_ended(self) -> None:
+        """Deletes entries that ended over a day ago; their jobs say what came of them."""
+        await self.app.job_manager.delete_old_jobs(
+            24, include_failed=True, include_cancelled=True, include_aborted=True
+        )
+
 
 async def _driver_connection(session: AsyncSession) -> Any:
     """The psycopg connection that carries the session's transaction."""

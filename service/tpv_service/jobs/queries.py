@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, and_, any_, exists, func, or_, select
+from sqlalchemy import ColumnElement, Select, and_, any_, delete, exists, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased, joinedload, selectinload
 
@@ -21,6 +21,7 @@ T = TypeVar("T")
 LIVE = ("queued", "running")
 LOST = ("failed", "cancelled")  #: ended, and nothing came of it; a retry brings it back
 WORKER_SILENCE = timedelta(seconds=50)  #: a worker reports every 15 s; without three reports in a row it is gone
+WORKERS_KEPT = timedelta(days=7)  #: after they were last seen
 STATE_EVENT = "state"
 CHECKPOINT_EVENT = "checkpoint"
 LOGGED = (STATE_EVENT, CHECKPOINT_EVENT, "phase", "log", "warning")
@@ -131,6 +132,10 @@ def has_able_worker(job: JobRow | type[JobRow]) -> ColumnElement[bool]:
         WorkerRow.state == "ready",
         WorkerRow.last_seen > func.now() - WORKER_SILENCE,
     )
+
+
+async def forget_gone_workers(session: AsyncSession) -> None:
+    await session.execute(delete(WorkerRow).where(WorkerRow.last_seen < func.now() - WORKERS_KEPT))
 
 
 async def live_job_like(session: AsyncSession, spec: dict[str, Any]) -> UUID | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -17,6 +19,7 @@ from tpv_service.settings import Settings
 
 log = structlog.get_logger()
 
+FORGET_EVERY = timedelta(hours=1)
 _MESSAGE = "the worker is gone; the job waits for another one"
 
 
@@ -37,15 +40,26 @@ async def watch_stalled_jobs(
 
 async def _watch(settings: Settings, sessions: async_sessionmaker[AsyncSession], queue: Queue) -> None:
     lost_jobs, pause = LostJobs(sessions, queue), settings.stalled_check
+    forget_at = time.monotonic()
     while True:
         await asyncio.sleep(pause.total_seconds())
         try:
             await lost_jobs.look()
             await release_all_held(sessions, queue)
+            if time.monotonic() >= forget_at:
+                await forget_what_is_over(sessions, queue)
+                forget_at = time.monotonic() + FORGET_EVERY.total_seconds()
             pause = settings.stalled_check
         except Exception as error:  # whatever it was, the next look may succeed
             log.warning("cannot look for jobs of lost workers", error=repr(error))
             pause = max(settings.stalled_check, settings.stalled_after)
+
+
+async def forget_what_is_over(sessions: async_sessionmaker[AsyncSession], queue: Queue) -> None:
+    """Deletes what nobody asks for any more: ended entries of the queue, and workers that are gone for a week."""
+    await queue.forget_ended()
+    async with sessions.begin() as session:
+        await queries.forget_gone_workers(session)
 
 
 class LostJobs:

@@ -155,6 +155,10 @@ class QueueTables:
         """Every worker has sent a heartbeat since, though the last one is too old again."""
         self._ask("update procrastinate_workers set last_heartbeat = now() - interval '31 s' returning id")
 
+    def age(self, *, hours: float) -> None:
+        """Whatever has happened to entries happened so much earlier."""
+        self._ask("update procrastinate_events set at = at - %s * interval '1 hour' returning id", hours)
+
     def pause(self, job: UUID) -> float:
         """Seconds from now until the job's newest entry may be taken."""
         [[seconds]] = self._ask(

@@ -14,6 +14,7 @@ from tpv.schemas.workers import WorkerReport
 from tpv_service.db import create_engine, create_sessionmaker
 from tpv_service.jobs.held import release_all_held
 from tpv_service.jobs.queries import WORKER_SILENCE
+from tpv_service.jobs.stalled import forget_what_is_over
 from tpv_service.jobs.tables import WorkerRow
 from tpv_service.queue import Queue
 from tpv_service.settings import Settings
@@ -45,6 +46,14 @@ async def release(settings: Settings) -> None:
     await engine.dispose()
 
 
+async def forget(settings: Settings) -> None:
+    """What the service does every hour."""
+    engine, queue = create_engine(settings), Queue(settings)
+    async with queue.opened():
+        await forget_what_is_over(create_sessionmaker(engine), queue)
+    await engine.dispose()
+
+
 async def refused(client: AsyncClient, job: Job, worker: str, text: str) -> None:
     with pytest.raises(errors.NotNow, match=text):
         await client.jobs.start_attempt(job, worker)
@@ -70,6 +79,24 @@ async def test_workers_say_what_they_can_do(registry: AsyncClient, settings: Set
     assert [worker.state async for worker in registry.workers.list()] == ["gone", "gone"]
     await there(registry, "gpu-1")
     assert [worker.state async for worker in registry.workers.list()] == ["gone", "ready"]
+
+
+async def test_what_is_over_for_long_is_forgotten(registry: AsyncClient, settings: Settings, queue_tables: QueueTables):
+    ended, waiting = await tune(registry), await tune(registry, "other")
+    await registry.jobs.cancel(ended)
+    await there(registry, "old")
+    await forget(settings)
+    assert set(queue_tables.entries()) == {str(ended.id), str(waiting.id)}
+    assert [worker.name async for worker in registry.workers.list()] == ["old"]
+
+    queue_tables.age(hours=25)
+    await silent(settings, timedelta(days=8).total_seconds())
+    await there(registry, "new")
+    await forget(settings)
+    assert set(queue_tables.entries()) == {str(waiting.id)}
+    assert [worker.name async for worker in registry.workers.list()] == ["new"]
+    assert (await registry.jobs.get(ended)).state == "cancelled"
+    assert (await registry.jobs.retry(ended)).state == "queued"
 
 
 # --- Memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -258,6 +259,29 @@ def test_states_are_kept_at_their_time() -> None:
     always.save(state(1))
     always.save(state(2))  # waits for the one before
     assert State.load(store.kept[0]).step == 1
+
+
+@pytest.mark.parametrize(("sending", "pause"), [(0, 60), (10, 50), (30, 30)])
+def test_what_is_lost_is_one_interval_at_most(monkeypatch: pytest.MonkeyPatch, sending: float, pause: float) -> None:
+    """What takes ten seconds to send is taken every 50: the one before it is 60 seconds old when it is stored."""
+    now = 0.0
+
+    class Slow(Store):
+        def save_checkpoint(self, job: UUID, attempt: int, step: int, content: bytes) -> None:
+            nonlocal now
+            now += sending
+            super().save_checkpoint(job, attempt, step, content)
+
+    monkeypatch.setattr("tpv_worker.checkpoints.time", SimpleNamespace(monotonic=lambda: now))
+    checkpoints = stored(Slow(), Told(), every=60)
+    for taken in (60, 60 + pause, 60 + 2 * pause):
+        now = taken - 0.1
+        assert not checkpoints.due()
+        now = taken
+        assert checkpoints.due()
+        checkpoints.save(state(1))
+        assert checkpoints.sending is not None
+        checkpoints.sending.join()
 
 
 @pytest.mark.parametrize(("refusal", "again"), [(Unavailable("no answer"), True), (TooLarge("over 64 MB"), False)])

@@ -81,10 +81,11 @@ class Drained(TpvError):
 
 
 class StoredCheckpoints(Checkpoints):
-    """Keeps the states of an attempt in the registry, one each `every`, and the last one when it is asked to stop.
+    """Keeps the states of an attempt in the registry, and the last one when it is asked to stop.
 
-    A state is copied between two steps, and sent by a thread while training goes on; the next one is due when that has
-    ended. One that cannot be stored is a warning: the one before it is still there.
+    A state is copied between two steps, and sent by a thread while training goes on. The next one is due so early that,
+    if it takes as long to send, it is stored before the newest one there is older than `every`: that is what a lost
+    attempt costs at most. One that cannot be stored is a warning: the one before it is still there.
     """
 
     def __init__(
@@ -106,14 +107,14 @@ class StoredCheckpoints(Checkpoints):
         """Raises Drained when the worker is stopping, once the state has been sent."""
         if self.sending is not None:
             self.sending.join()
-        self.next = time.monotonic() + self.every
+        taken = time.monotonic()
         content = state.dump()
-        self.sending = threading.Thread(target=self._send, args=(state.step, content), daemon=True)
+        self.sending = threading.Thread(target=self._send, args=(state.step, content, taken), daemon=True)
         try:
             self.sending.start()
         except RuntimeError:  # no memory is left for its stack
             self.sending = None
-            self._send(state.step, content)
+            self._send(state.step, content, taken)
         if self.stopping.is_set():
             if self.sending is not None:
                 self.sending.join()
@@ -130,15 +131,22 @@ class StoredCheckpoints(Checkpoints):
                 return state
         return None
 
-    def _send(self, step: int, content: bytes) -> None:
+    def _send(self, step: int, content: bytes, taken: float) -> None:
         try:
             self.client.jobs.save_checkpoint(self.started.job, self.started.number, step, content)
         except (StaleAttempt, JobFinished):
             os._exit(0)  # the work is for nobody any more
+        except TooLarge as error:
+            self._warn(step, error)
+            self.next = math.inf  # the next one would be as large
+            return
         except Exception as error:
-            self.events.warning(f"the checkpoint after step {step} could not be stored: {error}")
-            if isinstance(error, TooLarge):
-                self.next = math.inf  # the next one would be as large
+            self._warn(step, error)
+        took = time.monotonic() - taken
+        self.next = taken + self.every - took
+
+    def _warn(self, step: int, error: Exception) -> None:
+        self.events.warning(f"the checkpoint after step {step} could not be stored: {error}")
 
 
 # --- Tensors of an optimizer -----------------------------------------------------------------------------------------

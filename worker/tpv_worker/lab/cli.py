@@ -123,7 +123,8 @@ def _start(data_dir: Path | None, port: int) -> tuple[str, int | None]:
     data_dir = data_dir or (Path("/var/lib/tpv-lab") if os.geteuid() == 0 else user_data_path("tpv-lab", False))
     command = [sys.executable, "-m", "tpv.cli.main", "up", "--data-dir", str(data_dir), "--port", str(port)]
     log = user_log_path("tpv", appauthor=False, ensure_exists=True) / "lab.log"
-    with log.open("wb") as output:
+    with log.open("ab") as output:  # another registry of the lab may write to it
+        begin = output.tell()
         process = subprocess.Popen(
             command,
             env=_WORKER | os.environ,
@@ -134,7 +135,7 @@ def _start(data_dir: Path | None, port: int) -> tuple[str, int | None]:
         )
     deadline = time.monotonic() + _START
     while time.monotonic() < deadline:
-        said = log.read_text()
+        said = log.read_bytes()[begin:].decode(errors="replace")
         if "ready at " in said:
             return said.split("ready at ")[1].split()[0], process.pid
         if process.poll() is not None:

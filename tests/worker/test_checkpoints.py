@@ -261,9 +261,12 @@ def test_states_are_kept_at_their_time() -> None:
     assert State.load(store.kept[0]).step == 1
 
 
-@pytest.mark.parametrize(("sending", "pause"), [(0, 60), (10, 50), (30, 30)])
+@pytest.mark.parametrize(("sending", "pause"), [(0, 60), (10, 50), (15, 45), (40, 70)])
 def test_what_is_lost_is_one_interval_at_most(monkeypatch: pytest.MonkeyPatch, sending: float, pause: float) -> None:
-    """What takes ten seconds to send is taken every 50: the one before it is 60 seconds old when it is stored."""
+    """What takes ten seconds to send is taken every 50: the one before it is 60 seconds old when it is stored.
+
+    What takes more than a quarter of the interval is older then: half the interval nothing is sent.
+    """
     now = 0.0
 
     class Slow(Store):
@@ -274,7 +277,7 @@ def test_what_is_lost_is_one_interval_at_most(monkeypatch: pytest.MonkeyPatch, s
 
     monkeypatch.setattr("tpv_worker.checkpoints.time", SimpleNamespace(monotonic=lambda: now))
     checkpoints = stored(Slow(), Told(), every=60)
-    for taken in (60, 60 + pause, 60 + 2 * pause):
+    for taken in (30, 30 + pause, 30 + 2 * pause):
         now = taken - 0.1
         assert not checkpoints.due()
         now = taken

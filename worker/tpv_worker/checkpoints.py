@@ -84,8 +84,10 @@ class StoredCheckpoints(Checkpoints):
     """Keeps the states of an attempt in the registry, and the last one when it is asked to stop.
 
     A state is copied between two steps, and sent by a thread while training goes on. The next one is due so early that,
-    if it takes as long to send, it is stored before the newest one there is older than `every`: that is what a lost
-    attempt costs at most. One that cannot be stored is a warning: the one before it is still there.
+    if it takes as long to send, it is stored before the newest one there is older than `every`, and the step or the
+    evaluation that goes on then: that is what a lost attempt costs. Half of `every` passes in any case after one was
+    sent, so that a slow store is not written to all the time. One that cannot be stored is a warning: the one before it
+    is still there.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class StoredCheckpoints(Checkpoints):
         self.client, self.started, self.events = client, started, events
         self.every, self.stopping = every.total_seconds(), stopping
         self.sending: threading.Thread | None = None
-        self.next = time.monotonic() + self.every
+        self.next = time.monotonic() + self.every / 2  # how long sending takes is not known yet
         self.found = self._find()
 
     def due(self) -> bool:
@@ -142,8 +144,8 @@ class StoredCheckpoints(Checkpoints):
             return
         except Exception as error:
             self._warn(step, error)
-        took = time.monotonic() - taken
-        self.next = taken + self.every - took
+        now = time.monotonic()
+        self.next = max(taken + self.every - (now - taken), now + self.every / 2)
 
     def _warn(self, step: int, error: Exception) -> None:
         self.events.warning(f"the checkpoint after step {step} could not be stored: {error}")

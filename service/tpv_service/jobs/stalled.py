@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import structlog
@@ -19,7 +18,7 @@ from tpv_service.settings import Settings
 
 log = structlog.get_logger()
 
-FORGET_EVERY = timedelta(hours=1)
+FORGET_EVERY = timedelta(minutes=10)
 _MESSAGE = "the worker is gone; the job waits for another one"
 
 
@@ -27,32 +26,37 @@ _MESSAGE = "the worker is gone; the job waits for another one"
 async def watch_stalled_jobs(
     settings: Settings, sessions: async_sessionmaker[AsyncSession], queue: Queue
 ) -> AsyncIterator[None]:
-    """Looks for jobs of lost workers as long as the context is open."""
+    """Looks for jobs of lost workers as long as the context is open, and forgets what is over."""
     async with queue.opened():
-        watching = asyncio.create_task(_watch(settings, sessions, queue))
+        tasks = [asyncio.create_task(_watch(settings, sessions, queue)), asyncio.create_task(_forget(sessions, queue))]
         try:
             yield
         finally:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _watch(settings: Settings, sessions: async_sessionmaker[AsyncSession], queue: Queue) -> None:
     lost_jobs, pause = LostJobs(sessions, queue), settings.stalled_check
-    forget_at = time.monotonic()
     while True:
         await asyncio.sleep(pause.total_seconds())
         try:
             await lost_jobs.look()
             await release_all_held(sessions, queue)
-            if time.monotonic() >= forget_at:
-                await forget_what_is_over(sessions, queue)
-                forget_at = time.monotonic() + FORGET_EVERY.total_seconds()
             pause = settings.stalled_check
         except Exception as error:  # whatever it was, the next look may succeed
             log.warning("cannot look for jobs of lost workers", error=repr(error))
             pause = max(settings.stalled_check, settings.stalled_after)
+
+
+async def _forget(sessions: async_sessionmaker[AsyncSession], queue: Queue) -> None:
+    while True:
+        await asyncio.sleep(FORGET_EVERY.total_seconds())
+        try:
+            await forget_what_is_over(sessions, queue)
+        except Exception as error:  # it can wait for the next time
+            log.warning("cannot forget what is over", error=repr(error))
 
 
 async def forget_what_is_over(sessions: async_sessionmaker[AsyncSession], queue: Queue) -> None:

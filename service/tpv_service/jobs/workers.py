@@ -38,7 +38,7 @@ async def report_worker(
 async def list_workers(
     session: Session, _: Annotated[Actor, Depends(Allowed("read", "write", "worker"))], paging: PagingQuery
 ) -> Page[Worker]:
-    """All workers that were there within a week, by name."""
+    """All workers by name; those that were not seen for a week are forgotten."""
     found = await page(session, select(WorkerRow), [WorkerRow.name], lambda row: [row.name], lambda row: row, paging)
     jobs = await _jobs_of(session, [row.name for row in found.items])
     return Page(items=[_view(row, jobs) for row in found.items], next_cursor=found.next_cursor)

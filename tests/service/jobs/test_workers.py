@@ -47,7 +47,7 @@ async def release(settings: Settings) -> None:
 
 
 async def forget(settings: Settings) -> None:
-    """What the service does every hour."""
+    """What the service does every ten minutes."""
     engine, queue = create_engine(settings), Queue(settings)
     async with queue.opened():
         await forget_what_is_over(create_sessionmaker(engine), queue)

@@ -122,8 +122,8 @@ def _start(data_dir: Path | None, port: int) -> tuple[str, int | None]:
     # As root outside home, where PostgreSQL's own user may go.
     data_dir = data_dir or (Path("/var/lib/tpv-lab") if os.geteuid() == 0 else user_data_path("tpv-lab", False))
     command = [sys.executable, "-m", "tpv.cli.main", "up", "--data-dir", str(data_dir), "--port", str(port)]
-    log = user_log_path("tpv", appauthor=False, ensure_exists=True) / "lab.log"
-    with log.open("ab") as output:  # another registry of the lab may write to it
+    log = user_log_path("tpv", appauthor=False, ensure_exists=True) / f"lab-{port}.log"
+    with log.open("ab") as output:  # the registry that is running there may write to it
         begin = output.tell()
         process = subprocess.Popen(
             command,

@@ -234,8 +234,8 @@ def test_when_all_workers_die_the_job_waits_for_one_and_repeats_one_interval_at_
     # An interval as it was: from a state until the next one was stored.
     intervals = []
     for before, after in pairwise(stored):
-        steps = (event.data["step"] for event in told if event.type == "progress" and event.at >= after.at)
-        intervals.append(min(steps, default=reached) - before.data["step"])
+        since = (event.data["step"] for event in told if event.type == "progress" and event.at >= after.at)
+        intervals.append(min(since, default=reached) - before.data["step"])
     assert reached - last <= max(intervals)
 
 

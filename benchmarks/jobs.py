@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import psycopg
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -56,7 +57,7 @@ def main() -> None:
             prepare(made, model)
             idle(made.client, arguments.idle)
             queue(made.client, arguments.jobs, arguments.workers)
-            events(made.client, model)
+            events(made, model)
 
 
 def prepare(made: Cluster, model: Path) -> None:
@@ -138,11 +139,14 @@ class Measured(Events):
         self.sent += time.thread_time() - began
 
 
-def events(client: Client, model: Path) -> None:
+def events(made: Cluster, model: Path) -> None:
+    client = made.client
     backbone = Backbone.load(model)
     options = PromptTuningOptions(steps=STEPS, batch_size=4, evaluate_every=50)
     job = submit(client, "told", queue="nobody")
-    reports = Measured(client, client.jobs.start_attempt(job, "benchmark"))
+    with psycopg.connect(made.postgres.url) as connection:
+        [[entry]] = connection.execute("select queue_id from jobs where id = %s", [job.id]).fetchall()
+    reports = Measured(client, client.jobs.start_attempt(job, "benchmark", entry))
     P_init = torch.randn(NUM_VIRTUAL_TOKENS, TOKEN_DIM, generator=torch.Generator().manual_seed(0))
     method = PromptTuning(options, Given(backbone=backbone, initialization=P_init))
     task = Task(train=[Row(**row) for row in rows(1, 16)], validation=[], label_words=("yes", "no"))

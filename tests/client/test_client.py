@@ -677,7 +677,7 @@ def test_a_worker_reports_its_attempt(client: Client, registry: Any, wire: Any) 
     registry.on(f"POST {base}/2/result", httpx.Response(502), wire.job("succeeded"))
     registry.on(f"POST {base}/2/failure", wire.problem("stale-attempt", 409))
 
-    attempt = client.jobs.start_attempt(job["id"], "worker-1")
+    attempt = client.jobs.start_attempt(job["id"], "worker-1", entry=7)
     assert attempt.number == 2
     event = EventReport(type="progress", at=datetime.now(UTC), data={"step": 1})
     client.jobs.report_events(attempt.job, attempt.number, [event])

@@ -125,7 +125,9 @@ class StoredCheckpoints(Checkpoints):
     def _find(self) -> State | None:
         for checkpoint in self.started.checkpoints:
             try:
-                state = State.load(self.client.jobs.checkpoint(self.started.job, checkpoint.digest))
+                state = State.load(
+                    self.client.jobs.checkpoint(self.started.job, self.started.number, checkpoint.digest)
+                )
             except (DamagedContent, FingerprintMismatch, NotFound, UnusableState) as error:
                 self.events.warning(f"the checkpoint after step {checkpoint.step} is of no use: {error}")
             else:

@@ -339,7 +339,7 @@ class AsyncJobs:
 
     # --- Reporting, for workers (scope `worker`); the service takes a report that comes twice for one
 
-    async def start_attempt(self, job: JobLike, worker: str, entry: int | None = None) -> wire.AttemptStarted:
+    async def start_attempt(self, job: JobLike, worker: str, entry: int) -> wire.AttemptStarted:
         """Begins an attempt at a job; reports of earlier ones are refused from now on (StaleAttempt).
 
         `entry` is the queue's, by which the job came; StaleAttempt when the service has replaced that one.
@@ -369,12 +369,12 @@ class AsyncJobs:
         call = Call(method="PUT", path=_attempt(job, attempt, "checkpoint"), params={"step": step}, content=content)
         return await self._http.ask(wire.Checkpoint, call)
 
-    async def checkpoint(self, job: JobLike, digest: str) -> bytes:
-        """The content of a checkpoint that is still kept, verified.
+    async def checkpoint(self, job: JobLike, attempt: int, digest: str) -> bytes:
+        """The content of a checkpoint that is still kept, verified, for this attempt to go on from.
 
         Raises DamagedContent where the stored file is, and FingerprintMismatch where what arrives is.
         """
-        path = f"/jobs/{_paths.job_id(job)}/checkpoints/{digest}"
+        path = _attempt(job, attempt, f"checkpoints/{digest}")
         return await self._http.download(path, _content.Sink(), expected=digest)
 
     async def complete(self, job: JobLike, attempt: int, result: wire.ResultReport) -> AsyncJob:

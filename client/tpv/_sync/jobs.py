@@ -341,7 +341,7 @@ class Jobs:
 
     # --- Reporting, for workers (scope `worker`); the service takes a report that comes twice for one
 
-    def start_attempt(self, job: JobLike, worker: str, entry: int | None = None) -> wire.AttemptStarted:
+    def start_attempt(self, job: JobLike, worker: str, entry: int) -> wire.AttemptStarted:
         """Begins an attempt at a job; reports of earlier ones are refused from now on (StaleAttempt).
 
         `entry` is the queue's, by which the job came; StaleAttempt when the service has replaced that one.
@@ -371,12 +371,12 @@ class Jobs:
         call = Call(method="PUT", path=_attempt(job, attempt, "checkpoint"), params={"step": step}, content=content)
         return self._http.ask(wire.Checkpoint, call)
 
-    def checkpoint(self, job: JobLike, digest: str) -> bytes:
-        """The content of a checkpoint that is still kept, verified.
+    def checkpoint(self, job: JobLike, attempt: int, digest: str) -> bytes:
+        """The content of a checkpoint that is still kept, verified, for this attempt to go on from.
 
         Raises DamagedContent where the stored file is, and FingerprintMismatch where what arrives is.
         """
-        path = f"/jobs/{_paths.job_id(job)}/checkpoints/{digest}"
+        path = _attempt(job, attempt, f"checkpoints/{digest}")
         return self._http.download(path, _content.Sink(), expected=digest)
 
     def complete(self, job: JobLike, attempt: int, result: wire.ResultReport) -> Job:

@@ -263,9 +263,7 @@ class AttemptStart(Request):
     """A worker takes a job from the queue."""
 
     worker: str = Field(max_length=256)
-    entry: int | None = Field(
-        None, description="Of the queue, by which the job came; one that has been replaced is refused."
-    )
+    entry: int = Field(description="Of the queue, by which the job came; one that has been replaced is refused.")
 
 
 class Checkpoint(Answer):

@@ -200,7 +200,7 @@ async def stage_file(request: Request, session: Session, _: Reporter, job: UUID,
 
 
 @router.get("/{job}/attempts/{number}/staged/{digest}", response_class=Response)
-async def get_staged_file(request: Request, _: Reader, job: UUID, number: int, digest: str) -> Response:
+async def get_staged_file(request: Request, _: Reporter, job: UUID, number: int, digest: str) -> Response:
     """A file that the attempt has stored."""
     async with request.state.readers() as session:
         staged = await queries.staged_files(session, job, number)
@@ -226,9 +226,9 @@ async def put_checkpoint(
     return await report.save_checkpoint(session, request.state.store, job, number, step, await request.body())
 
 
-@router.get("/{job}/checkpoints/{digest}", response_class=Response)
-async def get_checkpoint(request: Request, _: Worker, job: UUID, digest: str) -> Response:
-    """A checkpoint that is still kept."""
+@router.get("/{job}/attempts/{number}/checkpoints/{digest}", response_class=Response)
+async def get_checkpoint(request: Request, _: Reporter, job: UUID, number: int, digest: str) -> Response:
+    """A checkpoint of the job that is still kept, for this attempt to go on from."""
     async with request.state.readers() as session:
         kept = {row.digest for row in await queries.checkpoints(session, job)}
     if digest not in kept:

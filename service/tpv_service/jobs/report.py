@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.concurrency import run_in_threadpool
 
 from tpv import files
-from tpv.errors import Conflict, Invalid, InvalidTensor, JobFinished, NotNow, StaleAttempt
+from tpv.errors import Conflict, Forbidden, Invalid, InvalidTensor, JobFinished, NotNow, StaleAttempt
 from tpv.methods import METHODS
 from tpv.references import DEFAULT_NAMESPACE
 from tpv.schemas.jobs import (
@@ -54,17 +54,21 @@ CHECKPOINTS = 2  #: kept of a job: should the newest be damaged, there is the on
 async def start_attempt(
     session: AsyncSession, queue: Queue, job_id: UUID, report: AttemptStart, actor: str
 ) -> AttemptStarted | NotNow:
-    """Begins the next attempt; one that was still running is superseded by it.
+    """Begins the next attempt, of the worker that the queue gave the job to.
 
-    Gives NotNow, instead of raising it, when the job is held back: that is written down.
+    An attempt that still runs is superseded: its worker has asked again, because the answer was lost or it was started
+    anew. Gives NotNow, instead of raising it, when the job is held back: that is written down.
     """
     job = await queries.lock_job(session, job_id)
     if has_ended(job):
         raise JobFinished(f"job {job_id} is {job.state} already")
     if job.queue_id is None:
         raise Conflict(f"job {job_id} waits for others: {job.message}")
-    if report.entry not in (None, job.queue_id):
+    if report.entry != job.queue_id:
         raise StaleAttempt(f"job {job_id} was given to another worker meanwhile, by another entry of the queue")
+    attempt = await queries.current_attempt(session, job)
+    if job.state == "running" and attempt is not None and attempt.actor != actor:
+        raise Forbidden(f"attempt {attempt.number} of job {job_id} runs, begun with another token than {actor!r}")
     if message := await hold_back(session, queue, job, report.worker):
         return NotNow(f"job {job_id} {message}")
     await end_attempt(session, job, "superseded", "worker-lost", f"attempt {job.attempt + 1} took over")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import count
-from typing import Any, LiteralString
+from typing import Any, ClassVar, LiteralString
 from uuid import UUID
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import tpv
 from tpv import files
-from tpv.schemas.jobs import EvaluationReport, EventReport, FailureReport, Job, ResultReport
+from tpv.schemas.jobs import Checkpoint, EvaluationReport, EventReport, FailureReport, Job, ResultReport
 from tpv_service.db import create_engine, create_sessionmaker
 from tpv_service.jobs.stalled import LostJobs
 from tpv_service.queue import Queue
@@ -64,11 +64,18 @@ class Worker:
     client: tpv.AsyncClient
     job: UUID
     number: int
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+
+    queue: ClassVar[QueueTables]  #: of the test that runs
 
     @classmethod
     async def takes(cls, client: tpv.AsyncClient, job: Job, name: str = "host:1") -> Worker:
-        started = await client.jobs.start_attempt(job.id, name)
-        return cls(client, job.id, started.number)
+        """Begins an attempt, as the worker to which the queue gives the job's newest entry."""
+        started = await client.jobs.start_attempt(job, name, cls.queue.entry(job.id))
+        return cls(client, job.id, started.number, started.checkpoints)
+
+    async def reads(self, checkpoint: Checkpoint) -> bytes:
+        return await self.client.jobs.checkpoint(self.job, self.number, checkpoint.digest)
 
     async def tells(self, *events: EventReport) -> None:
         await self.client.jobs.report_events(self.job, self.number, events)
@@ -147,8 +154,8 @@ class QueueTables:
         )
 
     def entry(self, job: UUID) -> int:
-        """The id of the job's newest entry."""
-        [[entry]] = self._ask("select max(id) from procrastinate_jobs where args->>'job' = %s", str(job))
+        """The id of the job's newest entry; 0 if it never had one."""
+        [[entry]] = self._ask("select coalesce(max(id), 0) from procrastinate_jobs where args->>'job' = %s", str(job))
         return int(entry)
 
     def beat(self) -> None:
@@ -213,6 +220,7 @@ class QueueTables:
             return connection.execute(query, parameters).fetchall()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def queue_tables(settings: Settings) -> QueueTables:
-    return QueueTables(settings.database_url.get_secret_value().replace("+psycopg", ""))
+    Worker.queue = QueueTables(settings.database_url.get_secret_value().replace("+psycopg", ""))
+    return Worker.queue

@@ -329,7 +329,7 @@ async def test_a_result_that_is_no_prompt_leaves_nothing(registry: AsyncClient, 
 
 
 async def test_reports_on_what_is_not_there_are_refused(client: AsyncClient):
-    for report in (client.jobs.get(uuid4()), client.jobs.events(uuid4()), client.jobs.start_attempt(uuid4(), "w")):
+    for report in (client.jobs.get(uuid4()), client.jobs.events(uuid4()), client.jobs.start_attempt(uuid4(), "w", 1)):
         with pytest.raises(errors.NotFound, match="no job"):
             await report
 

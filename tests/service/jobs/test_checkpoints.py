@@ -13,19 +13,16 @@ pytestmark = pytest.mark.anyio
 
 async def test_the_next_attempt_is_told_of_the_newest_two(registry: AsyncClient):
     job = await tune(registry)
-    first = await registry.jobs.start_attempt(job, "one")
+    first = await Worker.takes(registry, job)
     for step in (10, 20, 30):
         await registry.jobs.save_checkpoint(job, 1, step, f"state after {step}".encode())
-    second = await registry.jobs.start_attempt(job, "two")
+    second = await Worker.takes(registry, job)
 
     assert first.checkpoints == []
     assert [(c.attempt, c.step, c.size) for c in second.checkpoints] == [(1, 30, 14), (1, 20, 14)]
-    assert [await registry.jobs.checkpoint(job, c.digest) for c in second.checkpoints] == [
-        b"state after 30",
-        b"state after 20",
-    ]
+    assert [await second.reads(c) for c in second.checkpoints] == [b"state after 30", b"state after 20"]
     await registry.jobs.save_checkpoint(job, 2, 25, b"it had begun with the one after 20")
-    third = await registry.jobs.start_attempt(job, "three")
+    third = await Worker.takes(registry, job)
     assert [(c.attempt, c.step) for c in third.checkpoints] == [(2, 25), (1, 30)]
 
 
@@ -48,7 +45,7 @@ async def test_a_superseded_attempt_saves_none(registry: AsyncClient):
     await Worker.takes(registry, job)
     with pytest.raises(errors.StaleAttempt, match="attempt 2 took over"):
         await registry.jobs.save_checkpoint(job, 1, 10, b"state")
-    assert (await registry.jobs.start_attempt(job, "three")).checkpoints == []
+    assert (await Worker.takes(registry, job)).checkpoints == []
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -58,7 +55,7 @@ async def test_a_retry_goes_on_from_the_checkpoint_unless_it_is_fresh(registry: 
     await registry.jobs.save_checkpoint(job, 1, 10, b"state")
     await worker.fails("nan-loss", "diverged at step 11")
     await job.retry(fresh=fresh)
-    second = await registry.jobs.start_attempt(job, "two")
+    second = await Worker.takes(registry, job)
 
     assert second.number == 2
     assert [c.step for c in second.checkpoints] == ([] if fresh else [10])
@@ -71,7 +68,7 @@ async def test_success_leaves_no_checkpoint(registry: AsyncClient):
     await worker.succeeds(tuned(1))
 
     with pytest.raises(errors.NotFound, match="keeps no checkpoint"):
-        await registry.jobs.checkpoint(job, saved.digest)
+        await worker.reads(saved)
 
 
 async def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_there(registry: AsyncClient, settings: Settings):
@@ -79,14 +76,15 @@ async def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_there(regi
     await Worker.takes(registry, job)
     for step in (10, 20):
         await registry.jobs.save_checkpoint(job, 1, step, f"state after {step}".encode())
-    newest, before = (await registry.jobs.start_attempt(job, "two")).checkpoints
+    second = await Worker.takes(registry, job)
+    newest, before = second.checkpoints
     assert settings.blob_directory
     name = newest.digest.removeprefix("sha256:")
     (settings.blob_directory / name[:2] / name[2:]).write_bytes(b"something else")
 
     with pytest.raises(errors.DamagedContent):
-        await registry.jobs.checkpoint(job, newest.digest)
-    assert await registry.jobs.checkpoint(job, before.digest) == b"state after 10"
+        await second.reads(newest)
+    assert await second.reads(before) == b"state after 10"
 
 
 async def test_an_attempt_that_came_on_is_not_lost_in_a_row(

@@ -86,7 +86,8 @@ async def giving_back(sessions: Sessions, queue: Queue, job: Job) -> None:
 async def starting(sessions: Sessions, queue: Queue, job: Job) -> None:
     """Another worker begins; the attempt that runs is superseded."""
     async with sessions.begin() as session:
-        await start_attempt(session, queue, job.needs[0], AttemptStart(worker="host:2"), "local")
+        entry = Worker.queue.entry(job.needs[0])
+        await start_attempt(session, queue, job.needs[0], AttemptStart(worker="host:2", entry=entry), "local")
 
 
 async def succeeding(sessions: Sessions, queue: Queue, job: Job) -> None:

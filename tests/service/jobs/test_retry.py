@@ -102,7 +102,7 @@ async def test_an_entry_that_was_replaced_starts_nothing(
     frozen = queue_tables.entry(job.id)  # before it could say that it starts
     await look_for_lost_jobs(settings)
     queue_tables.take()
-    second = await registry.jobs.start_attempt(job, "two", queue_tables.entry(job.id))
+    second = await Worker.takes(registry, job)
     with pytest.raises(errors.StaleAttempt, match="given to another worker"):
         await registry.jobs.start_attempt(job, "one", frozen)
 

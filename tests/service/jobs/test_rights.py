@@ -45,7 +45,7 @@ async def client(app: FastAPI) -> AsyncIterator[tpv.AsyncClient]:
         ("GET", f"{JOB}/events", ANYBODY),
         ("GET", f"{JOB}/artifact", ANYBODY),
         ("GET", f"{JOB}/logs", ANYBODY),
-        ("GET", f"{JOB}/attempts/1/staged/sha256:0", ANYBODY),
+        ("GET", f"{JOB}/attempts/1/staged/sha256:0", WORKERS),
         ("POST", "/api/v1/jobs", WRITERS),
         ("POST", f"{JOB}/cancel", WRITERS),
         ("POST", f"{JOB}/retry", WRITERS),
@@ -55,7 +55,7 @@ async def client(app: FastAPI) -> AsyncIterator[tpv.AsyncClient]:
         ("GET", "/api/v1/workers", ANYBODY),
         ("POST", "/api/v1/workers", WORKERS),
         ("PUT", f"{JOB}/attempts/1/checkpoint?step=1", WORKERS),
-        ("GET", f"{JOB}/checkpoints/sha256:0", WORKERS),
+        ("GET", f"{JOB}/attempts/1/checkpoints/sha256:0", WORKERS),
         ("POST", f"{JOB}/attempts/1/result", WORKERS),
         ("POST", f"{JOB}/attempts/1/failure", WORKERS),
     ],
@@ -77,7 +77,7 @@ async def test_a_token_may_do_what_its_scope_says(
     assert answered == allowed
 
 
-async def test_a_worker_reports_on_attempts_that_it_has_begun_alone(
+async def test_a_worker_speaks_for_attempts_that_it_has_begun_alone(
     app: FastAPI, settings: Settings, registry: tpv.AsyncClient
 ):
     job = await tune(registry)
@@ -90,9 +90,14 @@ async def test_a_worker_reports_on_attempts_that_it_has_begun_alone(
     await engine.dispose()
     one, other = clients
     theirs = await Worker.takes(one, job)
+    saved = await one.jobs.save_checkpoint(theirs.job, theirs.number, 1, b"state")
+    staged = await theirs.stages(tuned(2))
     foreign = Worker(other, theirs.job, theirs.number)
 
     for report in (
+        Worker.takes(other, job),
+        foreign.reads(saved),
+        other.jobs.staged(theirs.job, theirs.number, staged),
         foreign.tells(EventReport(type="log", at=datetime.now(UTC), data={"message": "mine"})),
         foreign.stages(tuned(1)),
         foreign.client.jobs.save_checkpoint(theirs.job, theirs.number, 1, b"state"),

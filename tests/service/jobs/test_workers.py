@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 from sqlalchemy import update
-from tests.service.jobs.conftest import QueueTables, tune
+from tests.service.jobs.conftest import QueueTables, Worker, tune
 
 from tpv import AsyncClient, errors
 from tpv.schemas.jobs import Job
@@ -56,7 +56,7 @@ async def forget(settings: Settings) -> None:
 
 async def refused(client: AsyncClient, job: Job, worker: str, text: str) -> None:
     with pytest.raises(errors.NotNow, match=text):
-        await client.jobs.start_attempt(job, worker)
+        await Worker.takes(client, job, worker)
 
 
 # --- Who is there
@@ -66,7 +66,7 @@ async def test_workers_say_what_they_can_do(registry: AsyncClient, settings: Set
     job = await tune(registry)
     await there(registry, "gpu-1", 24 * GB, dtypes=["float32", "bfloat16"], models=["t5-base"], concurrency=2)
     await there(registry, "cpu-1", queues=["small"], versions={"torch": "2.13"})
-    await registry.jobs.start_attempt(job, "gpu-1")
+    await Worker.takes(registry, job, "gpu-1")
     cpu, gpu = [worker async for worker in registry.workers.list(page_size=1)]
 
     assert (gpu.name, gpu.state, gpu.memory, gpu.dtypes) == ("gpu-1", "ready", 24 * GB, ["float32", "bfloat16"])
@@ -116,8 +116,8 @@ async def test_a_job_starts_where_there_is_memory_for_it(registry: AsyncClient, 
     assert queue_tables.entries()[str(job.id)] == ["doing", "todo"]  # for another worker, a little later
     assert 0 < queue_tables.pause(job.id) <= 2
     with pytest.raises(errors.NotNow):
-        await registry.jobs.start_attempt(job, "unknown", queue_tables.entry(job.id))
-    assert (await registry.jobs.start_attempt(job, "large", queue_tables.entry(job.id))).number == 1
+        await Worker.takes(registry, job, "unknown")
+    assert (await Worker.takes(registry, job, "large")).number == 1
     assert [e.data["reason"] for e in (await registry.jobs.events(job)).items] == [None, "waiting", None]
 
 
@@ -136,7 +136,7 @@ async def test_it_waits_outside_the_queue_until_such_a_worker_is_there(
     await there(registry, "large", 24 * GB)
     await release(settings)
     assert queue_tables.take() == str(job.id)
-    assert (await registry.jobs.start_attempt(job, "large")).number == 1
+    assert (await Worker.takes(registry, job, "large")).number == 1
 
 
 async def test_memory_is_a_size(registry: AsyncClient):

@@ -35,7 +35,7 @@ from tpv_service.search import endpoints as search
 from tpv_service.search.families import Families, cache_directory
 from tpv_service.search.indexes import Indexes
 from tpv_service.settings import Settings
-from tpv_service.storage import BlobStore, create_store
+from tpv_service.storage import BlobStore, create_scratch, create_store
 
 
 class State(TypedDict):
@@ -48,6 +48,7 @@ class State(TypedDict):
     families: Families
     indexes: Indexes
     store: BlobStore
+    scratch: BlobStore
     queue: Queue
 
 
@@ -66,7 +67,8 @@ def create_app(settings: Settings) -> FastAPI:
                     await ensure_initial_token(session, settings.initial_token.get_secret_value())
             queue = Queue(settings)
             cache = at_end.enter_context(cache_directory(settings.cache_directory))
-            await at_end.enter_async_context(watch_stalled_jobs(settings, sessions, queue))
+            scratch = create_scratch(settings)
+            await at_end.enter_async_context(watch_stalled_jobs(settings, sessions, queue, scratch))
             yield State(
                 settings=settings,
                 sessions=sessions,
@@ -75,6 +77,7 @@ def create_app(settings: Settings) -> FastAPI:
                 families=Families(readers, cache),
                 indexes=await at_end.enter_async_context(Indexes(settings, sessions, readers).opened()),
                 store=create_store(settings),
+                scratch=scratch,
                 queue=queue,
             )
 

@@ -12,12 +12,16 @@ from tpv import files
 from tpv_service.storage import BlobStore
 
 
-async def content_response(request: Request, digest: str, *, media_type: str, filename: str) -> Response:
+async def content_response(
+    request: Request, digest: str, *, media_type: str, filename: str, store: BlobStore | None = None
+) -> Response:
     """The blob of this digest; it is checked before the first byte leaves, so a damaged one is never served.
 
-    Whoever asks has closed their session: a slow blob store must not keep others from the database.
+    Whoever asks has closed their session: a slow blob store must not keep others from the database. `store` is the one
+    for what is registered, unless another is named.
     """
-    store: BlobStore = request.state.store
+    store = store or request.state.store
+    assert store is not None
     headers = _headers(digest, filename)
     if _matches(request.headers.get("if-none-match", ""), digest):
         return Response(status_code=304, headers=headers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from io import BytesIO
 
 import structlog
@@ -21,14 +21,16 @@ from tpv_service.storage import side_by_side, verified
 
 log = structlog.get_logger()
 
+_NAME = re.compile(r"[0-9a-f]{2}/[0-9a-f]{62}")
+
 
 class S3Store:
-    """One object a blob, `ab/cdef...`, in a bucket that is made when it is missing."""
+    """One object a blob, `ab/cdef...` below a folder of a bucket that is made when it is missing."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, folder: str) -> None:
         assert settings.s3_endpoint is not None  # Settings checks it
         assert settings.s3_secret_key is not None
-        self.bucket = settings.s3_bucket
+        self.bucket, self.folder = settings.s3_bucket, folder
         self.presign: timedelta | None = settings.s3_presign_lifetime if settings.s3_presign else None
         self.client = Minio(
             settings.s3_endpoint,
@@ -79,10 +81,13 @@ class S3Store:
         with self._errors(digest):
             self.client.remove_object(self.bucket, self._name(digest))
 
-    def digests(self) -> Iterator[str]:
+    def digests(self, before: datetime | None = None) -> Iterator[str]:
         with self._errors():
-            for found in self.client.list_objects(self.bucket, recursive=True):
-                yield f"sha256:{found.object_name.replace('/', '')}"
+            for found in self.client.list_objects(self.bucket, prefix=self.folder, recursive=True):
+                name = (found.object_name or "").removeprefix(self.folder)
+                old = before is None or (found.last_modified is not None and found.last_modified < before)
+                if old and _NAME.fullmatch(name):
+                    yield f"sha256:{name.replace('/', '')}"
 
     def presigned_url(self, digest: str) -> str | None:
         if self.presign is None:
@@ -102,10 +107,9 @@ class S3Store:
             if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                 raise
 
-    @staticmethod
-    def _name(digest: str) -> str:
+    def _name(self, digest: str) -> str:
         name = digest.removeprefix("sha256:")
-        return f"{name[:2]}/{name[2:]}"
+        return f"{self.folder}{name[:2]}/{name[2:]}"
 
     @contextmanager
     def _errors(self, digest: str | None = None) -> Iterator[None]:

@@ -1,5 +1,8 @@
 """Blobs: files addressed by the sha256 of their content, in a directory (here) or in a bucket (`s3.py`).
 
+What is registered is never deleted. What attempts store on their way to a result lies beside it, in a store of its own
+(`create_scratch`), because that is: so no blob that a version may point to is ever looked at for deletion.
+
 Both stores block, all but `presigned_url`; the service calls them in threads. What `put` has returned from is durable.
 """
 
@@ -9,7 +12,8 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -40,8 +44,8 @@ class BlobStore(Protocol):
     def delete(self, digest: str) -> None:
         """Removes the blob; one that is not there is no error."""
 
-    def digests(self) -> Iterator[str]:
-        """The digest of every blob that is there."""
+    def digests(self, before: datetime | None = None) -> Iterator[str]:
+        """The digest of every blob that is there, or of every one that was last put before then."""
 
     def presigned_url(self, digest: str) -> str | None:
         """A URL that a client may download from, if the store can give one. Computed here; asks nobody."""
@@ -61,11 +65,21 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 
 def create_store(settings: Settings) -> BlobStore:
+    """For what is registered."""
+    return _create(settings, "")
+
+
+def create_scratch(settings: Settings) -> BlobStore:
+    """For checkpoints and staged files, in the folder `scratch` of the same directory or bucket."""
+    return _create(settings, "scratch/")
+
+
+def _create(settings: Settings, folder: str) -> BlobStore:
     if settings.blob_directory is not None:
-        return DirectoryStore(settings.blob_directory)
+        return DirectoryStore(settings.blob_directory / folder)
     from tpv_service.s3 import S3Store  # here: the minio client is a tenth of the time that the service takes to start
 
-    return S3Store(settings)
+    return S3Store(settings, folder)
 
 
 def verified(content: bytes, digest: str) -> bytes:
@@ -105,7 +119,9 @@ class DirectoryStore:
         digest = files.digest(content)
         path = self._path(digest)
         if path.exists() and files.digest(path.read_bytes()) == digest:  # a damaged one is written anew
-            return digest  # whoever wrote it may not have come to the directory yet
+            with suppress(FileNotFoundError):
+                os.utime(path)
+                return digest  # whoever wrote it may not have come to the directory yet
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -129,9 +145,11 @@ class DirectoryStore:
         with self._errors():
             self._path(digest).unlink(missing_ok=True)
 
-    def digests(self) -> Iterator[str]:
-        for path in sorted(self.root.glob("??/[!.]*")):
-            yield f"sha256:{path.parent.name}{path.name}"
+    def digests(self, before: datetime | None = None) -> Iterator[str]:
+        with self._errors():
+            for path in sorted(self.root.glob("??/[!.]*")):
+                if before is None or path.stat().st_mtime < before.timestamp():
+                    yield f"sha256:{path.parent.name}{path.name}"
 
     def presigned_url(self, digest: str) -> str | None:
         return None

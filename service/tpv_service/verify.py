@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from tpv.errors import DamagedContent, NotFound
 from tpv_service.datasets.tables import DatasetRow, DatasetVersionRow, SplitRow
-from tpv_service.jobs.tables import CheckpointRow, JobRow
+from tpv_service.jobs.tables import JobRow
 from tpv_service.registry.tables import EvaluationRow, InitializationRow, VectorRow, VersionRow
 from tpv_service.storage import BlobStore
 
@@ -16,7 +16,8 @@ from tpv_service.storage import BlobStore
 async def damaged_files(session: AsyncSession, store: BlobStore) -> tuple[int, list[str]]:
     """How many files were read, and a sentence on each that is missing or does not match its digest.
 
-    Deleted versions count too: they can be restored. Raises Unavailable when the store does not answer.
+    Deleted versions count too: they can be restored. Checkpoints do not: where one is damaged, its job goes on from the
+    one before. Raises Unavailable when the store does not answer.
     """
     wanted: dict[str, list[str]] = {}
     for owner, digest in (await session.execute(_references())).all():
@@ -44,7 +45,6 @@ def _references() -> CompoundSelect[str, str]:
     )
     job = literal("job ") + cast(JobRow.id, Text)
     artifacts = select(job, JobRow.artifact).where(JobRow.artifact.is_not(None))
-    checkpoints = select(literal("job ") + cast(CheckpointRow.job_id, Text) + " (checkpoint)", CheckpointRow.digest)
     predictions_of_jobs = (
         select(job + " (predictions)", EvaluationRow.predictions)
         .join(EvaluationRow, EvaluationRow.job_id == JobRow.id)
@@ -56,6 +56,4 @@ def _references() -> CompoundSelect[str, str]:
         .join(DatasetVersionRow, DatasetVersionRow.id == SplitRow.dataset_version_id)
         .join(DatasetVersionRow.dataset)
     )
-    return union_all(
-        versions, states, predictions, artifacts, checkpoints, predictions_of_jobs, initializations, splits
-    )
+    return union_all(versions, states, predictions, artifacts, predictions_of_jobs, initializations, splits)

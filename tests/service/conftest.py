@@ -72,7 +72,7 @@ def _blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def blob_directory(_blobs: Path) -> Iterator[Path]:
     """Emptied after each test: making its 256 folders anew and removing them takes longer than most tests."""
     yield _blobs
-    for blob in _blobs.glob("??/*"):
+    for blob in (*_blobs.glob("??/*"), *_blobs.glob("scratch/??/*")):
         blob.unlink()
 
 

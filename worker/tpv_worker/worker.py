@@ -161,6 +161,7 @@ def create_app(settings: Settings, client: AsyncClient, hosts: Hosts, slots: Slo
     @app.task(name=TASK, pass_context=True)
     async def run_job(context: JobContext, job: str) -> None:
         """One attempt at a job. Whatever comes of the job stands in its row; this ends well once that is settled."""
+        assert context.job.id is not None  # it has come from the queue
         try:
             started = await client.jobs.start_attempt(job, settings.name, context.job.id)
         except (JobFinished, NotNow, StaleAttempt):

@@ -196,7 +196,7 @@ async def report_events(session: Session, _: Reporter, job: UUID, number: int, e
 )
 async def stage_file(request: Request, session: Session, _: Reporter, job: UUID, number: int) -> Staged:
     """Stores a file, the request's body, that the result will name by its digest."""
-    return await report.stage_file(session, request.state.store, job, number, await request.body())
+    return await report.stage_file(session, request.state.scratch, job, number, await request.body())
 
 
 @router.get("/{job}/attempts/{number}/staged/{digest}", response_class=Response)
@@ -206,7 +206,14 @@ async def get_staged_file(request: Request, _: Reporter, job: UUID, number: int,
         staged = await queries.staged_files(session, job, number)
     if digest not in staged:
         raise NotFound(f"attempt {number} of job {job} has not staged {digest}")
-    return await content_response(request, digest, media_type="application/octet-stream", filename=digest[7:])
+    return await _scratch_response(request, digest)
+
+
+async def _scratch_response(request: Request, digest: str) -> Response:
+    store = request.state.scratch
+    return await content_response(
+        request, digest, media_type="application/octet-stream", filename=digest[7:], store=store
+    )
 
 
 @router.put(
@@ -223,7 +230,7 @@ async def put_checkpoint(
     step: Annotated[int, Query(ge=0, lt=2**31)],
 ) -> Checkpoint:
     """Keeps the attempt's state after a step, the request's body, for the next attempt to go on from."""
-    return await report.save_checkpoint(session, request.state.store, job, number, step, await request.body())
+    return await report.save_checkpoint(session, request.state.scratch, job, number, step, await request.body())
 
 
 @router.get("/{job}/attempts/{number}/checkpoints/{digest}", response_class=Response)
@@ -233,7 +240,7 @@ async def get_checkpoint(request: Request, _: Reporter, job: UUID, number: int, 
         kept = {row.digest for row in await queries.checkpoints(session, job)}
     if digest not in kept:
         raise NotFound(f"job {job} keeps no checkpoint {digest}")
-    return await content_response(request, digest, media_type="application/octet-stream", filename=digest[7:])
+    return await _scratch_response(request, digest)
 
 
 @router.post("/{job}/attempts/{number}/result")
@@ -241,7 +248,8 @@ async def report_result(
     request: Request, session: Session, _: Reporter, job: UUID, number: int, result: ResultReport
 ) -> Job:
     """Commits the result: version, initialization or artifact, evaluations, lineage and `succeeded` appear together."""
-    return job_view(await report.report_result(session, request.state.store, request.state.queue, job, number, result))
+    stores = report.Stores(request.state.store, request.state.scratch)
+    return job_view(await report.report_result(session, stores, request.state.queue, job, number, result))
 
 
 @router.post("/{job}/attempts/{number}/failure")

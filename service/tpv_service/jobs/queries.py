@@ -138,6 +138,19 @@ async def forget_gone_workers(session: AsyncSession) -> None:
     await session.execute(delete(WorkerRow).where(WorkerRow.last_seen < func.now() - WORKERS_KEPT))
 
 
+async def forget_staged_files(session: AsyncSession) -> None:
+    """Those of attempts that have ended: a result has its own copies."""
+    running = exists().where(
+        AttemptRow.job_id == StagedRow.job_id, AttemptRow.number == StagedRow.attempt, AttemptRow.state == "running"
+    )
+    await session.execute(delete(StagedRow).where(~running).execution_options(synchronize_session=False))
+
+
+async def scratch_files(session: AsyncSession) -> set[str]:
+    """The digests of the files that attempts may still ask for."""
+    return {*await session.scalars(select(StagedRow.digest).union(select(CheckpointRow.digest)))}
+
+
 async def live_job_like(session: AsyncSession, spec: dict[str, Any]) -> UUID | None:
     """A job that gives what this specification gives and has not ended; it may end any time, unless it is locked."""
     statement = select(JobRow.id).where(JobRow.state.in_(LIVE), JobRow.spec == spec).order_by(JobRow.id).limit(1)
@@ -202,7 +215,7 @@ async def checkpoints(session: AsyncSession, job: UUID) -> Sequence[CheckpointRo
 
 
 async def drop_checkpoints(session: AsyncSession, job: UUID, *, but: int = 0) -> None:
-    """Forgets all but the newest; the files are garbage then."""
+    """Forgets all but the newest; `forget.py` deletes the files."""
     for row in (await checkpoints(session, job))[but:]:
         await session.delete(row)
 

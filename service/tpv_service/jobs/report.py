@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from pydantic import ValidationError
@@ -49,6 +49,11 @@ from tpv_service.storage import BlobStore
 
 SPEED_OVER = 30.0  #: seconds; what was before counts for 1/e
 CHECKPOINTS = 2  #: kept of a job: should the newest be damaged, there is the one before
+
+
+class Stores(NamedTuple):
+    kept: BlobStore  #: for what is registered
+    scratch: BlobStore  #: for what attempts have stored on their way
 
 
 async def start_attempt(
@@ -129,9 +134,9 @@ def _with_speed(before: Progress, now: Progress, at: datetime, batch_size: int |
     return now.model_copy(update={"samples_per_second": speed, "eta": left})
 
 
-async def stage_file(session: AsyncSession, store: BlobStore, job_id: UUID, number: int, content: bytes) -> Staged:
+async def stage_file(session: AsyncSession, scratch: BlobStore, job_id: UUID, number: int, content: bytes) -> Staged:
     """Stores a file of the attempt; first the blob is durable, then the row that points to it."""
-    digest = await run_in_threadpool(store.put, content)
+    digest = await run_in_threadpool(scratch.put, content)
     await _lock_current(session, job_id, number)
     row = {"job_id": job_id, "attempt": number, "digest": digest, "size": len(content)}
     await session.execute(insert(StagedRow).values(row).on_conflict_do_nothing())
@@ -139,10 +144,10 @@ async def stage_file(session: AsyncSession, store: BlobStore, job_id: UUID, numb
 
 
 async def save_checkpoint(
-    session: AsyncSession, store: BlobStore, job_id: UUID, number: int, step: int, content: bytes
+    session: AsyncSession, scratch: BlobStore, job_id: UUID, number: int, step: int, content: bytes
 ) -> Checkpoint:
     """Keeps the attempt's state after a step, and the one before; the file is durable before a row points to it."""
-    digest = await run_in_threadpool(store.put, content)
+    digest = await run_in_threadpool(scratch.put, content)
     job = await _lock_current(session, job_id, number)
     job.lost = 0  # whatever happens next, the job has come on
     row = {"job_id": job_id, "attempt": number, "step": step, "digest": digest, "size": len(content)}
@@ -174,7 +179,7 @@ async def report_failure(
 
 
 async def report_result(
-    session: AsyncSession, store: BlobStore, queue: Queue, job_id: UUID, number: int, report: ResultReport
+    session: AsyncSession, stores: Stores, queue: Queue, job_id: UUID, number: int, report: ResultReport
 ) -> JobRow:
     """The one committing call of a job: result, evaluations, lineage and `succeeded` appear together.
 
@@ -187,13 +192,15 @@ async def report_result(
         spec = JobSpec.model_validate(job.spec)
         result = METHODS[spec.method].result
         _check_result(job, result, report)
+        await release(session)
+        await run_in_threadpool(_keep_files, stores, report)
         match result:
             case "initialization":
-                await _commit_initialization(session, store, job, spec, report)
+                await _commit_initialization(session, stores, job, spec, report)
             case "vector":
-                await _commit_vector(session, store, job, spec, report)
+                await _commit_vector(session, stores, job, spec, report)
             case "artifact" | "metrics":
-                await _commit_figures(session, store, job, report)
+                await _commit_figures(session, job, report)
         job.metrics = report.metrics
         await end_attempt(session, job, "succeeded")
         await finish(session, queue, job, "succeeded")
@@ -212,11 +219,19 @@ def _check_result(job: JobRow, result: str, report: ResultReport) -> None:
         )
 
 
+def _keep_files(stores: Stores, report: ResultReport) -> None:
+    """Stores for good what is kept as it was staged."""
+    if report.artifact and not files.load(stores.scratch.get(report.artifact)):
+        raise InvalidTensor("an artifact's file holds the method's tensors; this one has none")
+    kept = {report.artifact, report.state, *(figure.predictions for figure in report.evaluations)} - {None}
+    for digest in sorted(filter(None, kept)):
+        stores.kept.put(stores.scratch.get(digest))
+
+
 async def _commit_initialization(
-    session: AsyncSession, store: BlobStore, job: JobRow, spec: JobSpec, report: ResultReport
+    session: AsyncSession, stores: Stores, job: JobRow, spec: JobSpec, report: ResultReport
 ) -> None:
-    await release(session)
-    tensor, digest, size = await run_in_threadpool(_store_initialization, store, str(report.prompt))
+    tensor, digest, size = await run_in_threadpool(_store_initialization, stores, str(report.prompt))
     await _lock_current(session, job.id, job.attempt)
     row, created = await publish.publish_initialization(
         session,
@@ -234,20 +249,20 @@ async def _commit_initialization(
     job.result_initialization_id, job.result_created = row.id, created
 
 
-def _store_initialization(store: BlobStore, staged: str) -> tuple[Float32, str, int]:
-    tensor = _staged_prompt(store, staged)
+def _store_initialization(stores: Stores, staged: str) -> tuple[Float32, str, int]:
+    tensor = _staged_prompt(stores.scratch, staged)
     content = files.dump({"prompt": tensor})
-    return tensor, store.put(content), len(content)
+    return tensor, stores.kept.put(content), len(content)
 
 
 async def _commit_vector(
-    session: AsyncSession, store: BlobStore, job: JobRow, spec: JobSpec, report: ResultReport
+    session: AsyncSession, stores: Stores, job: JobRow, spec: JobSpec, report: ResultReport
 ) -> None:
     assert spec.initialization is not None  # submit.py: whatever gives a vector has both
     assert spec.dataset is not None
     initialization = await resolve_initialization(session, str(spec.initialization.initialization_id))
     await release(session)
-    stored = await run_in_threadpool(_store_vector, store, initialization.digest, str(report.prompt))
+    stored = await run_in_threadpool(_store_vector, stores, initialization.digest, str(report.prompt))
     await _lock_current(session, job.id, job.attempt)
     figures = [figure.model_dump(exclude={"predictions"}) for figure in report.evaluations]
     version, created = await publish.publish_version(
@@ -287,22 +302,15 @@ async def _commit_vector(
     job.result_version_id, job.result_created = version.id, created
 
 
-async def _commit_figures(session: AsyncSession, store: BlobStore, job: JobRow, report: ResultReport) -> None:
+async def _commit_figures(session: AsyncSession, job: JobRow, report: ResultReport) -> None:
     """What belongs to the job alone: evaluations, and the artifact where the method gives one."""
     size = None
     if report.artifact is not None:
         staged = await queries.staged_files(session, job.id, job.attempt)
         size = staged[report.artifact].size
-        await release(session)
-        await run_in_threadpool(_check_artifact, store, report.artifact)
     await _lock_current(session, job.id, job.attempt)
     job.artifact, job.artifact_size, job.provenance = report.artifact, size, report.provenance
     session.add_all(EvaluationRow(job_id=job.id, **figure.model_dump()) for figure in report.evaluations)
-
-
-def _check_artifact(store: BlobStore, digest: str) -> None:
-    if not files.load(store.get(digest)):
-        raise InvalidTensor("an artifact's file holds the method's tensors; this one has none")
 
 
 def _parents(spec: JobSpec) -> list[Parent]:
@@ -313,13 +321,13 @@ def _parents(spec: JobSpec) -> list[Parent]:
     return parents
 
 
-def _store_vector(store: BlobStore, initialization: str, staged: str) -> publish.StoredVector:
-    start = publish.load_start(store, initialization)
-    return publish.store_vector(store, start=start, prompt=_staged_prompt(store, staged))
+def _store_vector(stores: Stores, initialization: str, staged: str) -> publish.StoredVector:
+    start = publish.load_start(stores.kept, initialization)
+    return publish.store_vector(stores.kept, start=start, prompt=_staged_prompt(stores.scratch, staged))
 
 
-def _staged_prompt(store: BlobStore, digest: str) -> Float32:
-    tensors = files.load(store.get(digest))
+def _staged_prompt(scratch: BlobStore, digest: str) -> Float32:
+    tensors = files.load(scratch.get(digest))
     if set(tensors) != {"prompt"}:
         raise InvalidTensor(f"a result's file holds one tensor `prompt`; this one has {sorted(tensors) or 'none'}")
     return as_prompt(tensors["prompt"], "prompt")

@@ -5,30 +5,33 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from tpv_service.jobs import queries
+from tpv_service.jobs.forget import forget_regularly
 from tpv_service.jobs.held import release_all_held
 from tpv_service.jobs.lifecycle import end_attempt, give_back, has_ended
 from tpv_service.queue import Lost, Queue
 from tpv_service.settings import Settings
+from tpv_service.storage import BlobStore
 
 log = structlog.get_logger()
 
-FORGET_EVERY = timedelta(minutes=10)
 _MESSAGE = "the worker is gone; the job waits for another one"
 
 
 @asynccontextmanager
 async def watch_stalled_jobs(
-    settings: Settings, sessions: async_sessionmaker[AsyncSession], queue: Queue
+    settings: Settings, sessions: async_sessionmaker[AsyncSession], queue: Queue, scratch: BlobStore
 ) -> AsyncIterator[None]:
     """Looks for jobs of lost workers as long as the context is open, and forgets what is over."""
     async with queue.opened():
-        tasks = [asyncio.create_task(_watch(settings, sessions, queue)), asyncio.create_task(_forget(sessions, queue))]
+        tasks = [
+            asyncio.create_task(_watch(settings, sessions, queue)),
+            asyncio.create_task(forget_regularly(sessions, queue, scratch)),
+        ]
         try:
             yield
         finally:
@@ -48,22 +51,6 @@ async def _watch(settings: Settings, sessions: async_sessionmaker[AsyncSession],
         except Exception as error:  # whatever it was, the next look may succeed
             log.warning("cannot look for jobs of lost workers", error=repr(error))
             pause = max(settings.stalled_check, settings.stalled_after)
-
-
-async def _forget(sessions: async_sessionmaker[AsyncSession], queue: Queue) -> None:
-    while True:
-        await asyncio.sleep(FORGET_EVERY.total_seconds())
-        try:
-            await forget_what_is_over(sessions, queue)
-        except Exception as error:  # it can wait for the next time
-            log.warning("cannot forget what is over", error=repr(error))
-
-
-async def forget_what_is_over(sessions: async_sessionmaker[AsyncSession], queue: Queue) -> None:
-    """Deletes what nobody asks for any more: ended entries of the queue, and workers that are gone for a week."""
-    await queue.forget_ended()
-    async with sessions.begin() as session:
-        await queries.forget_gone_workers(session)
 
 
 class LostJobs:

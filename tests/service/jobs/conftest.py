@@ -12,12 +12,15 @@ import numpy as np
 import psycopg
 import pytest
 from numpy.typing import NDArray
+from sqlalchemy import update
 
 import tpv
 from tpv import files
 from tpv.schemas.jobs import Checkpoint, EvaluationReport, EventReport, FailureReport, Job, ResultReport
+from tpv.schemas.workers import WorkerReport
 from tpv_service.db import create_engine, create_sessionmaker
 from tpv_service.jobs.stalled import LostJobs
+from tpv_service.jobs.tables import WorkerRow
 from tpv_service.queue import Queue
 from tpv_service.settings import Settings
 
@@ -94,6 +97,20 @@ class Worker:
     async def fails(self, reason: str = "data", message: str = "no such column") -> Job:
         failure = FailureReport(reason=reason, message=message)  # type: ignore[arg-type]
         return await self.client.jobs.fail(self.job, self.number, failure)
+
+
+async def there(client: tpv.AsyncClient, name: str, memory: int | None = None, **members: object) -> None:
+    """A worker says that it is there."""
+    report = {"name": name, "device": "cuda:0", "memory": memory, **members}
+    await client.workers.report(WorkerReport.model_validate(report))
+
+
+async def silent(settings: Settings, seconds: float) -> None:
+    """All workers have said nothing for so long."""
+    engine = create_engine(settings)
+    async with create_sessionmaker(engine).begin() as session:
+        await session.execute(update(WorkerRow).values(last_seen=WorkerRow.last_seen - timedelta(seconds=seconds)))
+    await engine.dispose()
 
 
 async def look_for_lost_jobs(settings: Settings, times: int = 2) -> None:

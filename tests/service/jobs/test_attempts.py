@@ -29,6 +29,7 @@ from tpv_service.db import create_engine, create_sessionmaker
 from tpv_service.jobs.stalled import watch_stalled_jobs
 from tpv_service.queue import Queue
 from tpv_service.settings import Settings
+from tpv_service.storage import create_scratch
 
 pytestmark = pytest.mark.anyio
 
@@ -494,7 +495,7 @@ async def test_the_search_for_lost_jobs_outlives_the_database(settings: Settings
     )
     engine = create_engine(away)
     with capture_logs() as logs:
-        async with watch_stalled_jobs(away, create_sessionmaker(engine), Queue(away)):
+        async with watch_stalled_jobs(away, create_sessionmaker(engine), Queue(away), create_scratch(away)):
             for _ in range(600):
                 if len(logs) >= 2:
                     break

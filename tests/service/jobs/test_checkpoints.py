@@ -80,7 +80,7 @@ async def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_there(regi
     newest, before = second.checkpoints
     assert settings.blob_directory
     name = newest.digest.removeprefix("sha256:")
-    (settings.blob_directory / name[:2] / name[2:]).write_bytes(b"something else")
+    (settings.blob_directory / "scratch" / name[:2] / name[2:]).write_bytes(b"something else")
 
     with pytest.raises(errors.DamagedContent):
         await second.reads(newest)

@@ -15,13 +15,13 @@ from tpv import AsyncClient, files
 from tpv.schemas.jobs import AttemptStart, FailureReport, Job, JobCreate, ResultReport
 from tpv_service.db import create_engine, create_sessionmaker
 from tpv_service.jobs.cancel import cancel_job
-from tpv_service.jobs.report import report_failure, report_result, start_attempt
+from tpv_service.jobs.report import Stores, report_failure, report_result, start_attempt
 from tpv_service.jobs.retry import retry_job
 from tpv_service.jobs.stalled import LostJobs
 from tpv_service.jobs.submit import resolve_job, submit_job
 from tpv_service.queue import Queue
 from tpv_service.settings import Settings
-from tpv_service.storage import create_store
+from tpv_service.storage import create_scratch, create_store
 
 pytestmark = pytest.mark.anyio
 
@@ -95,7 +95,8 @@ async def succeeding(sessions: Sessions, queue: Queue, job: Job) -> None:
     figure = {"split": "test", "metric": "accuracy", "value": 0.5, "n": 4, "dataset": "cr"}
     result = ResultReport.model_validate({"prompt": files.digest(STAGED), "evaluations": [figure]})
     async with sessions() as session:  # its transaction ends where files move
-        await report_result(session, create_store(queue.settings), queue, job.needs[0], 1, result)
+        stores = Stores(create_store(queue.settings), create_scratch(queue.settings))
+        await report_result(session, stores, queue, job.needs[0], 1, result)
         await session.commit()
 
 

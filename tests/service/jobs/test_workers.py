@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import pytest
-from sqlalchemy import update
-from tests.service.jobs.conftest import QueueTables, Worker, tune
+from tests.service.jobs.conftest import QueueTables, Worker, silent, there, tune
 
 from tpv import AsyncClient, errors
 from tpv.schemas.jobs import Job
-from tpv.schemas.workers import WorkerReport
 from tpv_service.db import create_engine, create_sessionmaker
 from tpv_service.jobs.held import release_all_held
 from tpv_service.jobs.queries import WORKER_SILENCE
-from tpv_service.jobs.stalled import forget_what_is_over
-from tpv_service.jobs.tables import WorkerRow
 from tpv_service.queue import Queue
 from tpv_service.settings import Settings
 
@@ -24,33 +18,11 @@ pytestmark = pytest.mark.anyio
 GB = 10**9
 
 
-async def there(client: AsyncClient, name: str, memory: int | None = None, **members: object) -> None:
-    """A worker says that it is there."""
-    report = {"name": name, "device": "cuda:0", "memory": memory, **members}
-    await client.workers.report(WorkerReport.model_validate(report))
-
-
-async def silent(settings: Settings, seconds: float) -> None:
-    """All workers have said nothing for so long."""
-    engine = create_engine(settings)
-    async with create_sessionmaker(engine).begin() as session:
-        await session.execute(update(WorkerRow).values(last_seen=WorkerRow.last_seen - timedelta(seconds=seconds)))
-    await engine.dispose()
-
-
 async def release(settings: Settings) -> None:
     """What the service does every few seconds with jobs that were held back."""
     engine, queue = create_engine(settings), Queue(settings)
     async with queue.opened():
         await release_all_held(create_sessionmaker(engine), queue)
-    await engine.dispose()
-
-
-async def forget(settings: Settings) -> None:
-    """What the service does every ten minutes."""
-    engine, queue = create_engine(settings), Queue(settings)
-    async with queue.opened():
-        await forget_what_is_over(create_sessionmaker(engine), queue)
     await engine.dispose()
 
 
@@ -79,24 +51,6 @@ async def test_workers_say_what_they_can_do(registry: AsyncClient, settings: Set
     assert [worker.state async for worker in registry.workers.list()] == ["gone", "gone"]
     await there(registry, "gpu-1")
     assert [worker.state async for worker in registry.workers.list()] == ["gone", "ready"]
-
-
-async def test_what_is_over_for_long_is_forgotten(registry: AsyncClient, settings: Settings, queue_tables: QueueTables):
-    ended, waiting = await tune(registry), await tune(registry, "other")
-    await registry.jobs.cancel(ended)
-    await there(registry, "old")
-    await forget(settings)
-    assert set(queue_tables.entries()) == {str(ended.id), str(waiting.id)}
-    assert [worker.name async for worker in registry.workers.list()] == ["old"]
-
-    queue_tables.age(hours=25)
-    await silent(settings, timedelta(days=8).total_seconds())
-    await there(registry, "new")
-    await forget(settings)
-    assert set(queue_tables.entries()) == {str(waiting.id)}
-    assert [worker.name async for worker in registry.workers.list()] == ["new"]
-    assert (await registry.jobs.get(ended)).state == "cancelled"
-    assert (await registry.jobs.retry(ended)).state == "queued"
 
 
 # --- Memory

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -14,7 +15,7 @@ from tests.service.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
 
 from tpv import errors, files
 from tpv_service.settings import Settings
-from tpv_service.storage import BlobStore, create_store
+from tpv_service.storage import BlobStore, create_scratch, create_store
 
 CONTENT = b"some bytes" * 1000
 
@@ -37,19 +38,24 @@ def s3_settings(server: ObjectStore, **values: object) -> Settings:
 
 
 @pytest.fixture(params=["directory", "s3"])
-def stored_at(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[BlobStore, Path]:
-    """The store, and the directory in which its blobs lie as files."""
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Settings, Path]:
+    """The store's settings, and the directory in which its blobs lie as files."""
     if request.param == "directory":
         url = SecretStr("postgresql://nobody@nowhere/none")
-        return create_store(Settings(database_url=url, blob_directory=tmp_path)), tmp_path
+        return Settings(database_url=url, blob_directory=tmp_path), tmp_path
     server: ObjectStore = request.getfixturevalue("object_store")
     bucket = f"bucket-{tmp_path.name.replace('_', '-')}"[:60].rstrip("-")
-    return create_store(s3_settings(server, s3_bucket=bucket)), server.directory / bucket
+    return s3_settings(server, s3_bucket=bucket), server.directory / bucket
 
 
 @pytest.fixture
-def store(stored_at: tuple[BlobStore, Path]) -> BlobStore:
-    return stored_at[0]
+def store(made: tuple[Settings, Path]) -> BlobStore:
+    return create_store(made[0])
+
+
+@pytest.fixture
+def directory(made: tuple[Settings, Path]) -> Path:
+    return made[1]
 
 
 def test_what_is_put_is_got_by_its_digest(store):
@@ -65,8 +71,7 @@ def test_putting_twice_keeps_one_blob(store):
     assert len(list(store.digests())) == 1
 
 
-def test_many_at_once_are_what_they_are_one_by_one(stored_at):
-    store, directory = stored_at
+def test_many_at_once_are_what_they_are_one_by_one(store, directory):
     contents = [b"%d" % (i % 40) for i in range(50)]
     known, damaged = store.put(contents[0]), store.put(contents[1]).removeprefix("sha256:")
     (directory / damaged[:2] / damaged[2:]).write_bytes(b"damaged")
@@ -94,8 +99,7 @@ def test_a_missing_blob_is_not_found(store):
         store.get(files.digest(b"never stored"))
 
 
-def test_a_damaged_blob_is_reported_and_not_given(stored_at):
-    store, directory = stored_at
+def test_a_damaged_blob_is_reported_and_not_given(store, directory):
     digest = store.put(CONTENT)
     name = digest.removeprefix("sha256:")
     (directory / name[:2] / name[2:]).write_bytes(CONTENT[:-1] + b"!")
@@ -110,6 +114,30 @@ def test_deleting_is_for_good_and_may_be_repeated(store):
     store.delete(digest)
 
     assert list(store.digests()) == []
+
+
+def test_the_old_ones_are_those_that_nobody_has_put_since(store):
+    digest = store.put(CONTENT)
+    time.sleep(1.1)  # S3 tells times by the second
+    between = datetime.now(UTC)
+    assert list(store.digests(before=between)) == [digest]
+    time.sleep(1.1)
+    store.put(CONTENT)
+
+    assert list(store.digests(before=between)) == []
+    assert list(store.digests()) == [digest]
+
+
+def test_scratch_is_a_store_of_its_own(made, store):
+    scratch = create_scratch(made[0])
+    digest = store.put(CONTENT)
+    assert scratch.put(CONTENT) == digest
+    other = scratch.put(b"other")
+    assert (list(store.digests()), sorted(scratch.digests())) == ([digest], sorted([digest, other]))
+    scratch.delete(digest)
+
+    assert store.get(digest) == CONTENT
+    assert list(scratch.digests()) == [other]
 
 
 def test_it_can_be_checked(store):

@@ -67,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
                     await ensure_initial_token(session, settings.initial_token.get_secret_value())
             queue = Queue(settings)
             cache = at_end.enter_context(cache_directory(settings.cache_directory))
-            scratch = create_scratch(settings)
+            store, scratch = create_store(settings), create_scratch(settings)
             await at_end.enter_async_context(watch_stalled_jobs(settings, sessions, queue, scratch))
             yield State(
                 settings=settings,
@@ -76,7 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
                 initializations=KnownInitializations(readers),
                 families=Families(readers, cache),
                 indexes=await at_end.enter_async_context(Indexes(settings, sessions, readers).opened()),
-                store=create_store(settings),
+                store=store,
                 scratch=scratch,
                 queue=queue,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from io import BytesIO
 
@@ -77,9 +77,11 @@ class S3Store:
                 response.close()
                 response.release_conn()
 
-    def delete(self, digest: str) -> None:
-        with self._errors(digest):
-            self.client.remove_object(self.bucket, self._name(digest))
+    def delete(self, digest: str, before: datetime) -> None:
+        with suppress(NotFound), self._errors(digest):
+            found = self.client.stat_object(self.bucket, self._name(digest))
+            if found.last_modified is not None and found.last_modified < before:
+                self.client.remove_object(self.bucket, self._name(digest))
 
     def digests(self, before: datetime | None = None) -> Iterator[str]:
         with self._errors():

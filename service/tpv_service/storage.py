@@ -1,7 +1,8 @@
 """Blobs: files addressed by the sha256 of their content, in a directory (here) or in a bucket (`s3.py`).
 
 What is registered is never deleted. What attempts store on their way to a result lies beside it, in a store of its own
-(`create_scratch`), because that is: so no blob that a version may point to is ever looked at for deletion.
+(`create_scratch`), because that is: so no blob that a version may point to is ever looked at for deletion. A directory
+or bucket belongs to one database: another one's scratch files would be deleted, as nobody's.
 
 Both stores block, all but `presigned_url`; the service calls them in threads. What `put` has returned from is durable.
 """
@@ -41,8 +42,8 @@ class BlobStore(Protocol):
     def get(self, digest: str) -> bytes:
         """The content, checked against its digest."""
 
-    def delete(self, digest: str) -> None:
-        """Removes the blob; one that is not there is no error."""
+    def delete(self, digest: str, before: datetime) -> None:
+        """Removes the blob, unless it has been put since; one that is not there is no error."""
 
     def digests(self, before: datetime | None = None) -> Iterator[str]:
         """The digest of every blob that is there, or of every one that was last put before then."""
@@ -118,8 +119,8 @@ class DirectoryStore:
         """Stores the content, but for its name, which is durable when the directory is."""
         digest = files.digest(content)
         path = self._path(digest)
-        if path.exists() and files.digest(path.read_bytes()) == digest:  # a damaged one is written anew
-            with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
+            if files.digest(path.read_bytes()) == digest:  # a damaged one is written anew
                 os.utime(path)
                 return digest  # whoever wrote it may not have come to the directory yet
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
@@ -141,15 +142,18 @@ class DirectoryStore:
             except FileNotFoundError as error:
                 raise NotFound(f"the stored file {digest} is missing", digest=digest) from error
 
-    def delete(self, digest: str) -> None:
-        with self._errors():
-            self._path(digest).unlink(missing_ok=True)
+    def delete(self, digest: str, before: datetime) -> None:
+        path = self._path(digest)
+        with self._errors(), suppress(FileNotFoundError):
+            if path.stat().st_mtime < before.timestamp():
+                path.unlink()
 
     def digests(self, before: datetime | None = None) -> Iterator[str]:
         with self._errors():
             for path in sorted(self.root.glob("??/[!.]*")):
-                if before is None or path.stat().st_mtime < before.timestamp():
-                    yield f"sha256:{path.parent.name}{path.name}"
+                with suppress(FileNotFoundError):  # another process may delete, too
+                    if before is None or path.stat().st_mtime < before.timestamp():
+                        yield f"sha256:{path.parent.name}{path.name}"
 
     def presigned_url(self, digest: str) -> str | None:
         return None

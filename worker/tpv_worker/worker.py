@@ -24,7 +24,7 @@ from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
 
 from tpv import AsyncClient
-from tpv.errors import JobFinished, NotNow, StaleAttempt, TpvError
+from tpv.errors import Forbidden, JobFinished, NotNow, StaleAttempt, TpvError
 from tpv.schemas.jobs import AttemptStarted, FailureReport
 from tpv.schemas.workers import WorkerReport
 from tpv_worker.hosts import Hosts, Running
@@ -165,6 +165,9 @@ def create_app(settings: Settings, client: AsyncClient, hosts: Hosts, slots: Slo
         try:
             started = await client.jobs.start_attempt(job, settings.name, context.job.id)
         except (JobFinished, NotNow, StaleAttempt):
+            return
+        except Forbidden as error:
+            log.warning("another worker's token has begun this job", job=job, error=str(error))
             return
         with slots.take() as device:
             attempt = hosts.start(started, device)

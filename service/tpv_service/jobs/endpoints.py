@@ -237,7 +237,9 @@ async def put_checkpoint(
 async def get_checkpoint(request: Request, _: Reporter, job: UUID, number: int, digest: str) -> Response:
     """A checkpoint of the job that is still kept, for this attempt to go on from."""
     async with request.state.readers() as session:
-        kept = {row.digest for row in await queries.checkpoints(session, job)}
+        if await queries.attempt_actor(session, job, number) is None:
+            raise NotFound(f"job {job} has no attempt {number}")
+        kept = {row.digest for row in await queries.checkpoints(session, job) if row.attempt <= number}
     if digest not in kept:
         raise NotFound(f"job {job} keeps no checkpoint {digest}")
     return await _scratch_response(request, digest)

@@ -9,6 +9,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from starlette.concurrency import run_in_threadpool
 
+from tpv.errors import Unavailable
 from tpv_service.jobs import queries
 from tpv_service.queue import Queue
 from tpv_service.storage import BlobStore
@@ -38,8 +39,12 @@ async def forget_what_is_over(
     async with sessions.begin() as session:
         await queries.forget_gone_workers(session)
         await queries.forget_staged_files(session)
-    old = await run_in_threadpool(lambda: {*scratch.digests(before=datetime.now(UTC) - kept)})
+    before = datetime.now(UTC) - kept
+    old = await run_in_threadpool(lambda: {*scratch.digests(before)})
     async with sessions() as session:  # after the files were listed: what has its row by now is kept
         unused = old - await queries.scratch_files(session)
     for digest in sorted(unused):
-        await run_in_threadpool(scratch.delete, digest)
+        try:
+            await run_in_threadpool(scratch.delete, digest, before)  # not if another attempt has put it meanwhile
+        except Unavailable as error:  # the others can go all the same
+            log.warning("cannot delete a file of an attempt that has ended", digest=digest, error=repr(error))

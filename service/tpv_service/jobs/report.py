@@ -59,7 +59,7 @@ class Stores(NamedTuple):
 async def start_attempt(
     session: AsyncSession, queue: Queue, job_id: UUID, report: AttemptStart, actor: str
 ) -> AttemptStarted | NotNow:
-    """Begins the next attempt, of the worker that the queue gave the job to.
+    """Begins the next attempt, by the job's present entry in the queue.
 
     An attempt that still runs is superseded: its worker has asked again, because the answer was lost or it was started
     anew. Gives NotNow, instead of raising it, when the job is held back: that is written down.
@@ -305,10 +305,10 @@ async def _commit_vector(
 async def _commit_figures(session: AsyncSession, job: JobRow, report: ResultReport) -> None:
     """What belongs to the job alone: evaluations, and the artifact where the method gives one."""
     size = None
+    await _lock_current(session, job.id, job.attempt)
     if report.artifact is not None:
         staged = await queries.staged_files(session, job.id, job.attempt)
         size = staged[report.artifact].size
-    await _lock_current(session, job.id, job.attempt)
     job.artifact, job.artifact_size, job.provenance = report.artifact, size, report.provenance
     session.add_all(EvaluationRow(job_id=job.id, **figure.model_dump()) for figure in report.evaluations)
 

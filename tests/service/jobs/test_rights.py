@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from tests.service.jobs.conftest import START, Worker, tune, tuned
 
 import tpv
-from tpv.errors import Forbidden
+from tpv.errors import Forbidden, NotFound
 from tpv.schemas.jobs import EventReport
 from tpv_service.auth import tokens
 from tpv_service.db import create_engine, create_sessionmaker
@@ -105,6 +105,8 @@ async def test_a_worker_speaks_for_attempts_that_it_has_begun_alone(
     ):
         with pytest.raises(Forbidden, match="begun with another token"):
             await report
+    with pytest.raises(NotFound, match="has no attempt"):
+        await other.jobs.checkpoint(theirs.job, theirs.number + 1, saved.digest)
     assert (await theirs.succeeds(START + tuned(1))).state == "succeeded"
     for client in clients:
         await client.aclose()

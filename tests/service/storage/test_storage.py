@@ -110,8 +110,9 @@ def test_a_damaged_blob_is_reported_and_not_given(store, directory):
 
 def test_deleting_is_for_good_and_may_be_repeated(store):
     digest = store.put(CONTENT)
-    store.delete(digest)
-    store.delete(digest)
+    later = datetime.now(UTC) + timedelta(minutes=1)
+    store.delete(digest, later)
+    store.delete(digest, later)
 
     assert list(store.digests()) == []
 
@@ -125,6 +126,7 @@ def test_the_old_ones_are_those_that_nobody_has_put_since(store):
     store.put(CONTENT)
 
     assert list(store.digests(before=between)) == []
+    store.delete(digest, between)
     assert list(store.digests()) == [digest]
 
 
@@ -134,7 +136,7 @@ def test_scratch_is_a_store_of_its_own(made, store):
     assert scratch.put(CONTENT) == digest
     other = scratch.put(b"other")
     assert (list(store.digests()), sorted(scratch.digests())) == ([digest], sorted([digest, other]))
-    scratch.delete(digest)
+    scratch.delete(digest, datetime.now(UTC) + timedelta(minutes=1))
 
     assert store.get(digest) == CONTENT
     assert list(scratch.digests()) == [other]

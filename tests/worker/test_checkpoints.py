@@ -201,7 +201,7 @@ class Store:
     def jobs(self) -> Store:
         return self
 
-    def checkpoint(self, job: UUID, digest: str) -> bytes:
+    def checkpoint(self, job: UUID, attempt: int, digest: str) -> bytes:
         content = self.kept[int(digest)]
         if not content:
             raise DamagedContent("the file is damaged")

@@ -45,6 +45,6 @@ async def forget_what_is_over(
         unused = old - await queries.scratch_files(session)
     for digest in sorted(unused):
         try:
-            await run_in_threadpool(scratch.delete, digest, before)  # not if another attempt has put it meanwhile
+            await run_in_threadpool(scratch.delete, digest, before)  # which looks at its age again
         except Unavailable as error:  # the others can go all the same
             log.warning("cannot delete a file of an attempt that has ended", digest=digest, error=repr(error))

@@ -24,11 +24,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import psycopg
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.acceptance.cluster import LABELS, Cluster, cluster, eventually, rows
+from tests.service.jobs.conftest import QueueTables
 from tests.worker.conftest import NUM_VIRTUAL_TOKENS, TOKEN_DIM, make_models
 
 from tpv import Client, Job
@@ -144,8 +144,7 @@ def events(made: Cluster, model: Path) -> None:
     backbone = Backbone.load(model)
     options = PromptTuningOptions(steps=STEPS, batch_size=4, evaluate_every=50)
     job = submit(client, "told", queue="nobody")
-    with psycopg.connect(made.postgres.url) as connection:
-        [[entry]] = connection.execute("select queue_id from jobs where id = %s", [job.id]).fetchall()
+    entry = QueueTables(made.postgres.url).given(job.id)
     reports = Measured(client, client.jobs.start_attempt(job, "benchmark", entry))
     P_init = torch.randn(NUM_VIRTUAL_TOKENS, TOKEN_DIM, generator=torch.Generator().manual_seed(0))
     method = PromptTuning(options, Given(backbone=backbone, initialization=P_init))

@@ -45,6 +45,10 @@ _LOST = text(
     """  # noqa: S608 # only a constant is put in
 )
 
+_GIVEN = text(
+    f"select status = 'doing' from {QUEUE_SCHEMA}.procrastinate_jobs where id = :queue_id"  # noqa: S608 # a constant
+)
+
 # What the queue's own `finish_job_by_id_async` does, but for the error when the worker was quicker.
 _END = text(
     f"update {QUEUE_SCHEMA}.procrastinate_jobs set status = 'aborted', abort_requested = false"  # noqa: S608 # a constant
@@ -88,6 +92,10 @@ class Queue:
                 schedule_at=datetime.now(UTC) + after if after else None,
                 connection=await _driver_connection(session),
             ).defer_async(job=str(job))
+
+    async def has_given(self, session: AsyncSession, queue_id: int) -> bool:
+        """Whether a worker has taken the entry, and nobody has ended it since."""
+        return bool(await session.scalar(_GIVEN, {"queue_id": queue_id}))
 
     async def cancel(self, session: AsyncSession, queue_id: int) -> None:
         """Takes a waiting entry away, or tells its worker to stop; when the session commits."""

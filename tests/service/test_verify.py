@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import numpy as np
-import psycopg
 import pytest
+from tests.service.jobs.conftest import QueueTables
 
 from tpv import files
 from tpv.schemas.jobs import ResultReport
@@ -19,9 +19,8 @@ async def test_verify_names_every_missing_and_damaged_file(client, settings):
     made = await client.vectors.register("mnli", vector=start + 1, initialization="family")
     await client.datasets.upload("mr", train=[{"source": "a", "target": "b"}])
     job = await client.jobs.tune(method="lora", dataset="mr", initialization="family")
-    with psycopg.connect(settings.database_url.get_secret_value().replace("+psycopg", "")) as connection:
-        [[entry]] = connection.execute("select queue_id from jobs").fetchall()
-    await client.jobs.start_attempt(job, "worker", entry)
+    queue = QueueTables(settings.database_url.get_secret_value().replace("+psycopg", ""))
+    await client.jobs.start_attempt(job, "worker", queue.given(job.id))
     artifact = await client.jobs.stage(job, 1, files.dump({"A": start}))
     predictions = await client.jobs.stage(job, 1, b"{}")
     figure = {"dataset": "mr", "metric": "accuracy", "value": 1, "predictions": predictions.digest}

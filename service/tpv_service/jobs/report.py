@@ -59,7 +59,7 @@ class Stores(NamedTuple):
 async def start_attempt(
     session: AsyncSession, queue: Queue, job_id: UUID, report: AttemptStart, actor: str
 ) -> AttemptStarted | NotNow:
-    """Begins the next attempt, by the job's present entry in the queue.
+    """Begins the next attempt, by the job's present entry in the queue, which a worker has been given.
 
     An attempt that still runs is superseded: its worker has asked again, because the answer was lost or it was started
     anew. Gives NotNow, instead of raising it, when the job is held back: that is written down.
@@ -71,6 +71,8 @@ async def start_attempt(
         raise Conflict(f"job {job_id} waits for others: {job.message}")
     if report.entry != job.queue_id:
         raise StaleAttempt(f"job {job_id} was given to another worker meanwhile, by another entry of the queue")
+    if not await queue.has_given(session, report.entry):
+        raise StaleAttempt(f"job {job_id} waits in the queue: nobody was given its entry {report.entry} yet")
     attempt = await queries.current_attempt(session, job)
     if job.state == "running" and attempt is not None and attempt.actor != actor:
         raise Forbidden(f"attempt {attempt.number} of job {job_id} runs, begun with another token than {actor!r}")

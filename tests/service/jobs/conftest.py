@@ -73,8 +73,8 @@ class Worker:
 
     @classmethod
     async def takes(cls, client: tpv.AsyncClient, job: Job, name: str = "host:1") -> Worker:
-        """Begins an attempt, as the worker to which the queue gives the job's newest entry."""
-        started = await client.jobs.start_attempt(job, name, cls.queue.entry(job.id))
+        """Begins an attempt, as the worker to which the queue has given the job's newest entry, or gives it now."""
+        started = await client.jobs.start_attempt(job, name, cls.queue.given(job.id))
         return cls(client, job.id, started.number, started.checkpoints)
 
     async def reads(self, checkpoint: Checkpoint) -> bytes:
@@ -169,6 +169,13 @@ class QueueTables:
             silent_for,
             self.entry(job),
         )
+
+    def given(self, job: UUID) -> int:
+        """The id of the job's newest entry, which a worker takes now, unless one has it."""
+        entry = self.entry(job)
+        if self._ask("select from procrastinate_jobs where id = %s and status = 'todo'", entry):
+            self.hold(job, silent_for=0)
+        return entry
 
     def entry(self, job: UUID) -> int:
         """The id of the job's newest entry; 0 if it never had one."""

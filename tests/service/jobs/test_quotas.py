@@ -82,7 +82,7 @@ async def test_nothing_waits_for_a_limit_that_is_gone(
     waiting = await tune(registry, "next")
     await refused(registry, waiting, "host:1", "waits until")
     await release(settings)
-    assert queue_tables.entries()[str(waiting.id)] == ["todo"]  # its first entry, which no worker has taken here
+    assert queue_tables.entries()[str(waiting.id)] == ["doing"]  # the entry by which it was refused
     await release(settings.model_copy(update={"jobs_per_owner": None}))
 
-    assert queue_tables.entries()[str(waiting.id)] == ["todo", "todo"]
+    assert queue_tables.entries()[str(waiting.id)] == ["doing", "todo"]

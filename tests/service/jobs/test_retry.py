@@ -109,6 +109,15 @@ async def test_an_entry_that_was_replaced_starts_nothing(
     assert (second.number, (await registry.jobs.get(job)).state) == (1, "running")
 
 
+async def test_an_entry_that_no_worker_was_given_starts_nothing(registry: AsyncClient, queue_tables: QueueTables):
+    job = await tune(registry)
+    with pytest.raises(errors.StaleAttempt, match="nobody was given its entry"):
+        await registry.jobs.start_attempt(job, "guesses", queue_tables.entry(job.id))
+
+    assert (await registry.jobs.get(job)).state == "queued"
+    assert queue_tables.entries()[str(job.id)] == ["todo"]
+
+
 # --- By people
 
 

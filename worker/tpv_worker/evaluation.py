@@ -41,19 +41,23 @@ def evaluate(
     fit the memory, fewer are read at a time.
     """
     labels = backbone.label_tokens(label_words or (), options)
+    fitting = options.batch_size  # rows at a time, as far as is known
 
     def predict(batch: Sequence[Example]) -> list[str]:
-        try:
-            if label_words:
-                best = backbone.label_scores(prompt, batch, labels).argmax(dim=1).tolist()
-                return [label_words[i] for i in best]
-            # One token more than a target has, so that a text which only begins like the target is not cut to it.
-            return backbone.generate(prompt, batch, options.max_target_tokens + 1)
-        except Exception as error:
-            if len(batch) == 1 or not memory.has_run_out(error):
-                raise
-        torch.cuda.empty_cache()
+        nonlocal fitting
         half = len(batch) // 2
+        if len(batch) <= fitting:
+            try:
+                if label_words:
+                    best = backbone.label_scores(prompt, batch, labels).argmax(dim=1).tolist()
+                    return [label_words[i] for i in best]
+                # One token more than a target has, so that a text which only begins like the target is not cut to it.
+                return backbone.generate(prompt, batch, options.max_target_tokens + 1)
+            except Exception as error:
+                if len(batch) == 1 or not memory.has_run_out(error):
+                    raise
+            torch.cuda.empty_cache()
+            fitting = half
         return predict(batch[:half]) + predict(batch[half:])
 
     # Rows of about equal length together: the answer does not depend on padding, the time does.

@@ -36,7 +36,7 @@ class ProblemError(TpvError):
     (`differences`, `errors`, `reference` ...).
     """
 
-    status: ClassVar[int] = 500
+    status: int = 500
     type: ClassVar[str] = "internal"
     title: ClassVar[str] = "Something went wrong inside the service"
 
@@ -247,4 +247,6 @@ def from_problem(document: Mapping[str, Any], status: int) -> ProblemError:
     by_status = {
         cls.status: cls for cls in (NotFound, Conflict, Invalid, TooLarge, Unauthorized, Forbidden, Unavailable)
     }
-    return PROBLEMS.get(name, by_status.get(status, ProblemError))(detail, **members)
+    error = PROBLEMS.get(name, by_status.get(status, ProblemError))(detail, **members)
+    error.status = status
+    return error

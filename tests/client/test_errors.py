@@ -34,4 +34,4 @@ def test_a_problem_without_a_detail_has_its_title() -> None:
 def test_a_problem_of_an_unknown_type_is_known_by_its_status(status: int, kind: type[ProblemError]) -> None:
     error = from_problem({"type": "about:blank", "title": "Something"}, status)
     assert type(error) is kind
-    assert error.detail == "Something"
+    assert (error.status, error.detail) == (status, "Something")

@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tpv_service.db import QUEUE_SCHEMA
 from tpv_service.settings import Settings
 
+STARTED_WITHIN = 4  #: times TPV_STALLED_AFTER: a worker that has taken a job starts it at once, or asks for a while
 TASK = "tpv.run_job"  #: the worker's task; named here, imported never
 
 
@@ -27,20 +28,26 @@ class Lost(NamedTuple):
 
     job: UUID
     queue_id: int
-    held: bool  #: by a worker that has gone silent; else the entry itself has ended
+    held: bool  #: by a worker that has gone silent; else the entry has ended, or was never followed by a start
     heartbeat: datetime | None  #: the worker's last one
 
 
 _LOST = text(
     f"""
-    select jobs.id, jobs.queue_id, entry.status is not distinct from 'doing', worker.last_heartbeat
+    select jobs.id, jobs.queue_id,
+           entry.status is not distinct from 'doing'
+               and (worker.id is null or worker.last_heartbeat < now() - :silence),
+           worker.last_heartbeat
     from jobs
     left join {QUEUE_SCHEMA}.procrastinate_jobs entry on entry.id = jobs.queue_id
     left join {QUEUE_SCHEMA}.procrastinate_workers worker on worker.id = entry.worker_id
     where jobs.state in ('queued', 'running') and jobs.queue_id is not null
       and (entry.id is null
            or entry.status not in ('todo', 'doing')
-           or entry.status = 'doing' and (worker.id is null or worker.last_heartbeat < now() - :silence))
+           or entry.status = 'doing' and (worker.id is null or worker.last_heartbeat < now() - :silence)
+           or entry.status = 'doing' and jobs.state = 'queued' and not exists (
+                select from {QUEUE_SCHEMA}.procrastinate_events event
+                where event.job_id = entry.id and event.at > now() - {STARTED_WITHIN} * :silence))
     order by jobs.id
     """  # noqa: S608 # only a constant is put in
 )
@@ -78,17 +85,25 @@ class Queue:
             yield
 
     async def defer(
-        self, session: AsyncSession, job: UUID, *, queue: str, priority: int, after: timedelta = timedelta(0)
+        self,
+        session: AsyncSession,
+        job: UUID,
+        *,
+        queue: str,
+        priority: int,
+        first: bool = False,
+        after: timedelta = timedelta(0),
     ) -> int:
         """Puts the job in the queue when the session commits; a rollback takes it away. Gives the queue's own id.
 
-        No worker takes it before the time `after` has passed.
+        It stands behind the others of its priority, or `first`, before those that do not. No worker takes it before
+        the time `after` has passed.
         """
         async with session.begin_nested():  # an error of the queue leaves the caller's transaction whole
             return await self.app.configure_task(
                 TASK,
                 queue=queue,
-                priority=priority,
+                priority=2 * priority + first,
                 schedule_at=datetime.now(UTC) + after if after else None,
                 connection=await _driver_connection(session),
             ).defer_async(job=str(job))

@@ -47,9 +47,10 @@ class Settings(BaseSettings):
 
     stalled_after: timedelta = timedelta(seconds=30)  #: a worker is lost when its heartbeat is older
     stalled_check: timedelta = timedelta(seconds=10)
+    silent_after: timedelta = timedelta(hours=2)  #: an attempt hangs that has reported nothing for so long
     jobs_per_owner: int | None = Field(None, ge=1, description="Jobs of one owner that may run at a time.")
-    retry_limit: int = Field(5, ge=1, description="Attempts in a row that a job may lose before it fails.")
-    retry_pause: timedelta = timedelta(seconds=1)  #: after the first lost attempt, twice as long after each further one
+    retry_limit: int = Field(10, ge=1, description="Attempts in a row that a job may lose before it fails.")
+    retry_pause: timedelta = timedelta(seconds=2)  #: after the first lost attempt, twice as long after each further one
 
     @model_validator(mode="after")
     def _one_store(self) -> Self:

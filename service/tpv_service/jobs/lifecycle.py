@@ -35,10 +35,11 @@ async def enqueue(
     reason: Reason | None = None,
     message: str | None = None,
     *,
+    first: bool = False,
     after: timedelta = timedelta(0),
 ) -> None:
-    """Hands the job to the workers, when the session commits."""
-    job.queue_id = await queue.defer(session, job.id, queue=job.queue, priority=job.priority, after=after)
+    """Hands the job to the workers, when the session commits; `first` before those of its priority that are not."""
+    job.queue_id = await queue.defer(session, job.id, queue=job.queue, priority=job.priority, first=first, after=after)
     show(session, job, "queued", reason, message)
 
 
@@ -49,16 +50,20 @@ def wait(session: AsyncSession, job: JobRow, message: str) -> None:
 
 
 async def give_back(session: AsyncSession, queue: Queue, job: JobRow, reason: Reason, message: str) -> None:
-    """Tries again what came to nothing through no fault of the job: later each time, and not for ever."""
+    """Tries again what came to nothing through no fault of the job: later each time, and not for ever.
+
+    It had its turn before, so it stands before what was submitted later. Only attempts count that a worker has begun,
+    and has not ended because it stops.
+    """
     settings = queue.settings
-    if reason != "drained":
+    if reason != "drained" and job.state == "running":
         job.lost += 1
     if job.lost >= settings.retry_limit:
         why = f"{job.lost} attempts in a row came to nothing (TPV_RETRY_LIMIT); the last one: {message}"
         await finish(session, queue, job, "failed", reason, why)
     else:
         pause = settings.retry_pause * 2 ** (job.lost - 1) if job.lost else timedelta(0)
-        await enqueue(session, queue, job, reason, message, after=pause)
+        await enqueue(session, queue, job, reason, message, first=True, after=pause)
         if settings.jobs_per_owner is not None:
             await session.flush()
             await release_held(session, queue, job.actor)
@@ -99,10 +104,9 @@ async def finish(
     await session.flush()
     for dependent in await queries.lock_dependents(session, job.id):
         if state == "succeeded":
-            await _release(session, queue, dependent, job)
+            await _release(session, queue, dependent)
         else:
-            why = f"job {job.id}, which this one needs, {state if state == 'failed' else 'was ' + state}: {message}"
-            await finish(session, queue, dependent, "failed", "dependency", why)
+            await _fail_dependent(session, queue, dependent, job)
     if ran and queue.settings.jobs_per_owner is not None:
         await session.flush()
         await release_held(session, queue, job.actor)
@@ -133,11 +137,26 @@ def show(
     )
 
 
-async def _release(session: AsyncSession, queue: Queue, job: JobRow, ended: JobRow) -> None:
-    """Gives a waiting job what the ended one made; the last one it needs puts it in the queue."""
-    await take_result(session, job, ended)
-    if job.queue_id is None and not await queries.waits(session, job.id):
+async def _release(session: AsyncSession, queue: Queue, job: JobRow) -> None:
+    """Gives a waiting job what those that it needs have made; the last one of these puts it in the queue.
+
+    All of them are looked at, not the one alone that has ended now: another may have ended while this job, that had
+    failed before, was being brought back, and have passed it over.
+    """
+    needs = [need.needed for need in await queries.needs_of(session, job.id)]
+    for need in needs:
+        if need.state == "succeeded":
+            await take_result(session, job, need)
+    if lost := next((need for need in needs if need.state in queries.LOST), None):
+        await _fail_dependent(session, queue, job, lost)
+    elif job.queue_id is None and all(need.state == "succeeded" for need in needs):
         await enqueue(session, queue, job)
+
+
+async def _fail_dependent(session: AsyncSession, queue: Queue, job: JobRow, lost: JobRow) -> None:
+    what = "failed" if lost.state == "failed" else f"was {lost.state}"
+    why = f"job {lost.id}, which this one needs, {what}: {lost.message}"
+    await finish(session, queue, job, "failed", "dependency", why)
 
 
 async def take_result(session: AsyncSession, job: JobRow, ended: JobRow) -> None:

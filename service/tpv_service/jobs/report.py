@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.concurrency import run_in_threadpool
 
 from tpv import files
-from tpv.errors import Conflict, Forbidden, Invalid, InvalidTensor, JobFinished, NotNow, StaleAttempt
+from tpv.errors import Conflict, Invalid, InvalidTensor, JobFinished, NotNow, StaleAttempt
 from tpv.methods import METHODS
 from tpv.references import DEFAULT_NAMESPACE
 from tpv.schemas.jobs import (
@@ -75,12 +75,13 @@ async def start_attempt(
         raise StaleAttempt(f"job {job_id} waits in the queue: nobody was given its entry {report.entry} yet")
     attempt = await queries.current_attempt(session, job)
     if job.state == "running" and attempt is not None and attempt.actor != actor:
-        raise Forbidden(f"attempt {attempt.number} of job {job_id} runs, begun with another token than {actor!r}")
+        raise StaleAttempt(f"attempt {attempt.number} of job {job_id} runs, begun with another token than {actor!r}")
     if message := await hold_back(session, queue, job, report.worker):
         return NotNow(f"job {job_id} {message}")
     await end_attempt(session, job, "superseded", "worker-lost", f"attempt {job.attempt + 1} took over")
     job.attempt += 1
-    job.started_at = job.started_at or datetime.now(UTC)
+    job.reported_at = datetime.now(UTC)
+    job.started_at = job.started_at or job.reported_at
     job.progress = {}
     session.add(AttemptRow(job_id=job.id, number=job.attempt, worker=report.worker, actor=actor, state="running"))
     show(session, job, "running")
@@ -342,6 +343,7 @@ async def _lock_current(session: AsyncSession, job_id: UUID, number: int) -> Job
     """The locked job, if this is its current attempt and it is running; raises StaleAttempt otherwise."""
     job = await queries.lock_job(session, job_id)
     _check_current(job, number)
+    job.reported_at = datetime.now(UTC)
     return job
 
 

@@ -17,16 +17,22 @@ from tpv_service.queue import Queue
 async def retry_job(session: AsyncSession, queue: Queue, job_id: UUID, actor: str, *, fresh: bool) -> JobRow:
     """Puts a failed or cancelled job back; attempts go on counting, from the last checkpoint unless `fresh`.
 
-    Jobs that failed because of this one wait for it again, unless another job that they need has failed too.
+    With it goes what was submitted for it and came to nothing too. Jobs that failed because of this one wait for it
+    again, unless another job that they need has failed too.
     """
+    prepared = await queries.lost_preparations(session, job_id)
+    for lost_one in prepared:
+        await retry_job(session, queue, lost_one, actor, fresh=False)
     needs = await queries.lock_needs(session, job_id)
     job = await queries.lock_job(session, job_id)
+    if prepared and job.state == "queued":
+        return await queries.job_by_id(session, job_id)  # these have brought it back
     if job.state not in queries.LOST:
         raise Conflict(f"job {job_id} is {job.state}; only a failed or cancelled one is retried")
     if lost := [need for need in needs if need.state in queries.LOST]:
         raise Conflict(
             "; ".join(f"job {need.id}, which this one needs, is {need.state}" for need in lost)
-            + f"; retry first: tpv job retry {lost[0].id}; this one then waits for it again",
+            + f"; retry first: tpv job retry {lost[0].id}",
             needs=[str(need.id) for need in lost],
         )
     job.lost, job.progress, job.finished_at = 0, {}, None

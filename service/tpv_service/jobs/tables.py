@@ -51,6 +51,7 @@ class JobRow(Table):
     created_at: Mapped[CreatedAt]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    reported_at: Mapped[datetime | None]  #: when the current attempt last said anything, by the service's clock
 
     @property
     def output(self) -> str | None:

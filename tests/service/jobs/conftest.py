@@ -198,19 +198,15 @@ class QueueTables:
         )
         return float(seconds)
 
-    def finish(self, job: UUID) -> None:
-        """The worker that took the job first says that it is through with it."""
-        self._ask(
-            "select procrastinate_finish_job_v1(min(id), 'succeeded', false) from procrastinate_jobs"
-            " where args->>'job' = %s",
-            str(job),
-        )
+    def finish(self, entry: int) -> None:
+        """The worker that took the entry says that it is through with it."""
+        self._ask("select procrastinate_finish_job_v1(%s, 'succeeded', false)", entry)
 
     def abort_requested(self, job: UUID) -> bool:
-        """Whether the job's worker is told to stop."""
-        return self._ask("select abort_requested from procrastinate_jobs where args->>'job' = %s", str(job)) == [
-            (True,)
-        ]
+        """Whether a worker of the job is told to stop."""
+        query = "select coalesce(bool_or(abort_requested), false) from procrastinate_jobs where args->>'job' = %s"
+        [[requested]] = self._ask(query, str(job))
+        return bool(requested)
 
     def everything(self) -> list[Any]:
         """All that a change of a job may change."""

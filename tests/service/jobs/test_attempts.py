@@ -449,10 +449,11 @@ async def test_a_worker_that_comes_back_does_not_end_what_another_one_does(
 ):
     job = await tune(registry)
     queue_tables.take(silent_for=31)
+    first = queue_tables.entry(job.id)
     await Worker.takes(registry, job)
     await look_for_lost_jobs(settings)
     with pytest.raises(Exception, match='not in "doing"'):
-        queue_tables.finish(job.id)  # the first worker wakes up
+        queue_tables.finish(first)  # the first worker wakes up
 
     assert queue_tables.entries()[str(job.id)] == ["aborted", "todo"]
     assert queue_tables.take() == str(job.id)
@@ -465,7 +466,7 @@ async def test_a_job_that_its_worker_gave_back_undone_is_queued_again(
 ):
     job = await tune(registry)
     queue_tables.take()
-    queue_tables.finish(job.id)  # it could not reach the service, say
+    queue_tables.finish(queue_tables.entry(job.id))  # it could not reach the service, say
     await look_for_lost_jobs(settings)
     await job.refresh()
 

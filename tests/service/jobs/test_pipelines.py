@@ -9,6 +9,10 @@ from tests.service.jobs.conftest import ROWS, QueueTables, Worker, transfer, tun
 
 from tpv import AsyncClient, errors
 from tpv.schemas.jobs import Job
+from tpv_service.db import create_engine, create_sessionmaker
+from tpv_service.jobs.retry import retry_job
+from tpv_service.queue import Queue
+from tpv_service.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -181,6 +185,51 @@ async def test_a_retry_takes_up_what_was_made_meanwhile(registry: AsyncClient, q
 
     assert [s.reference for s in job.spec.sources] == ["default/mr-own:1", "default/mnli:1", "default/subj-own:1"]
     assert job.spec.target is not None
+    assert queue_tables.entries()[str(job.id)] == ["todo"]
+
+
+@pytest.mark.parametrize("end", ["succeeds", "fails"])
+async def test_nothing_that_ends_during_a_retry_is_passed_over(
+    registry: AsyncClient, settings: Settings, queue_tables: QueueTables, end: str
+):
+    job, tunings = await prepared(registry)
+    mr, subj, own = (tunings[name] for name in ("mr-own", "subj-own", "cr-own"))
+    await succeeds(registry, own, 2)
+    await (await Worker.takes(registry, mr)).fails()
+    engine, queue = create_engine(settings), Queue(settings)
+    async with queue.opened(), create_sessionmaker(engine).begin() as session:
+        await retry_job(session, queue, mr.id, "local", fresh=False)
+        await (succeeds(registry, subj, 3) if end == "succeeds" else (await Worker.takes(registry, subj)).fails())
+    await engine.dispose()
+    await succeeds(registry, mr, 4)
+    await job.refresh()
+
+    if end == "succeeds":
+        assert [s.reference for s in job.spec.sources] == ["default/mr-own:1", "default/mnli:1", "default/subj-own:1"]
+        assert queue_tables.entries()[str(job.id)] == ["todo"]
+    else:
+        assert (job.state, job.reason) == ("failed", "dependency")
+        assert str(subj.id) in str(job.message)
+
+
+async def test_a_retry_takes_up_what_was_submitted_for_it(registry: AsyncClient, queue_tables: QueueTables):
+    job, tunings = await prepared(registry)
+    await succeeds(registry, tunings["mr-own"], 1)
+    await job.cancel()
+    await job.retry()
+
+    assert (job.state, job.reason) == ("queued", "waiting")
+    assert {name: (await tuning.refresh()).state for name, tuning in tunings.items()} == {
+        "mr-own": "succeeded",
+        "subj-own": "queued",
+        "cr-own": "queued",
+    }
+    await succeeds(registry, tunings["subj-own"], 2)
+    await (await Worker.takes(registry, tunings["cr-own"])).fails()
+    assert (await job.refresh()).reason == "dependency"
+    await job.retry()
+    assert (job.state, job.reason) == ("queued", "waiting")
+    await succeeds(registry, tunings["cr-own"], 3)
     assert queue_tables.entries()[str(job.id)] == ["todo"]
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
 from tests.service.jobs.conftest import QueueTables, Worker, event, look_for_lost_jobs, transfer, tune, tuned
 
 from tpv import AsyncClient, errors
 from tpv.schemas.jobs import RETRIED, Job
+from tpv_service.jobs import lifecycle, stalled
+from tpv_service.jobs.tables import JobRow
+from tpv_service.queue import Queue
 from tpv_service.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -51,9 +56,82 @@ async def test_lost_attempts_are_repeated_later_each_time_and_not_for_ever(
 
     assert (job.state, job.reason) == ("failed", "worker-lost")
     assert job.message is not None
-    assert job.message.startswith("5 attempts in a row came to nothing (TPV_RETRY_LIMIT); the last one: the worker is")
-    assert [a.state for a in job.attempts] == ["superseded"] * 5
-    assert queue_tables.entries()[str(job.id)] == ["aborted"] * 5
+    assert job.message.startswith("10 attempts in a row came to nothing (TPV_RETRY_LIMIT); the last one: the worker is")
+    assert [a.state for a in job.attempts] == ["superseded"] * 10
+    assert queue_tables.entries()[str(job.id)] == ["aborted"] * 10
+
+
+async def test_a_worker_that_starts_nothing_costs_no_attempt(
+    registry: AsyncClient, settings: Settings, queue_tables: QueueTables
+):
+    job = await tune(registry)
+    for _ in range(settings.retry_limit + 1):
+        queue_tables.take()
+        queue_tables.finish(queue_tables.entry(job.id))  # its token has expired, say
+        await look_for_lost_jobs(settings)
+
+    assert ((await job.refresh()).state, job.attempts) == ("queued", [])
+    assert "has not started it" in str(job.message)
+
+
+async def test_what_is_given_back_stands_before_what_came_later(registry: AsyncClient, queue_tables: QueueTables):
+    jobs = [await tune(registry, f"v{i}", priority=priority) for i, priority in enumerate((0, 0, 1))]
+    first, _, urgent = jobs
+    worker = await Worker.takes(registry, first)
+    await worker.fails("killed", "by signal SIGKILL")
+
+    assert [queue_tables.take() for _ in jobs] == [str(urgent.id), str(first.id), str(jobs[1].id)]
+
+
+async def test_an_attempt_that_hangs_is_given_up(registry: AsyncClient, settings: Settings, queue_tables: QueueTables):
+    job = await tune(registry)
+    worker = await Worker.takes(registry, job)
+    await worker.tells(event("log", message="loads a file"))
+    await look_for_lost_jobs(settings)
+    assert (await job.refresh()).state == "running"
+
+    await look_for_lost_jobs(settings.model_copy(update={"silent_after": timedelta(0)}))
+    await job.refresh()
+    assert (job.state, job.reason) == ("queued", "timeout")
+    assert [(a.state, a.reason) for a in job.attempts] == [("superseded", "timeout")]
+    assert queue_tables.entries()[str(job.id)] == ["doing", "todo"]
+    assert queue_tables.abort_requested(job.id)  # so its worker ends the process
+    with pytest.raises(errors.StaleAttempt):
+        await worker.fails()
+    assert queue_tables.disagreements() == []
+
+
+async def test_a_job_that_was_taken_and_not_started_goes_to_another_worker(
+    registry: AsyncClient, settings: Settings, queue_tables: QueueTables
+):
+    job = await tune(registry)
+    queue_tables.take()
+    await look_for_lost_jobs(settings)
+    assert queue_tables.entries()[str(job.id)] == ["doing"]
+
+    queue_tables.age(hours=1)
+    await look_for_lost_jobs(settings)
+    assert queue_tables.entries()[str(job.id)] == ["aborted", "todo"]
+    assert (await Worker.takes(registry, job)).number == 1
+
+
+async def test_what_goes_wrong_with_one_lost_job_does_not_keep_the_others(
+    registry: AsyncClient, settings: Settings, queue_tables: QueueTables, monkeypatch: pytest.MonkeyPatch
+):
+    jobs = [await tune(registry, f"v{i}") for i in range(3)]
+    for job in jobs:
+        await Worker.takes(registry, job)
+        queue_tables.hold(job.id, silent_for=31)
+
+    async def give_back(session: AsyncSession, queue: Queue, job: JobRow, *members: Any) -> None:
+        if job.id == jobs[0].id:
+            raise OSError("the connection is gone")
+        await lifecycle.give_back(session, queue, job, *members)
+
+    monkeypatch.setattr(stalled, "give_back", give_back)
+    await look_for_lost_jobs(settings)
+
+    assert [(await job.refresh()).state for job in jobs] == ["running", "queued", "queued"]
 
 
 async def test_pauses_double(registry: AsyncClient, settings: Settings, queue_tables: QueueTables):
@@ -171,10 +249,10 @@ async def test_one_key_retries_once(registry: AsyncClient, http, queue_tables: Q
 
 
 async def test_jobs_that_failed_because_of_it_wait_again(registry: AsyncClient, queue_tables: QueueTables):
-    job = await transfer(registry)
-    own = await registry.jobs.get(job.needs[0])
+    own = await tune(registry, "own")
+    job = await tune(registry, "other", needs=[own])
     await (await Worker.takes(registry, own)).fails()
-    with pytest.raises(errors.Conflict, match=f"retry first: tpv job retry {own.id}; this one then waits for it again"):
+    with pytest.raises(errors.Conflict, match=f"retry first: tpv job retry {own.id}"):
         await registry.jobs.retry(job)
     await own.retry()
     await job.refresh()

@@ -9,10 +9,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from pydantic import SecretStr
-from tests.service.jobs.conftest import START, Worker, tune, tuned
+from tests.service.jobs.conftest import START, Worker, there, tune, tuned
 
 import tpv
-from tpv.errors import Forbidden, NotFound
+from tpv.errors import Conflict, Forbidden, NotFound, StaleAttempt
 from tpv.schemas.jobs import EventReport
 from tpv_service.auth import tokens
 from tpv_service.db import create_engine, create_sessionmaker
@@ -94,8 +94,9 @@ async def test_a_worker_speaks_for_attempts_that_it_has_begun_alone(
     staged = await theirs.stages(tuned(2))
     foreign = Worker(other, theirs.job, theirs.number)
 
+    with pytest.raises(StaleAttempt, match="begun with another token"):
+        await Worker.takes(other, job)
     for report in (
-        Worker.takes(other, job),
         foreign.reads(saved),
         other.jobs.staged(theirs.job, theirs.number, staged),
         foreign.tells(EventReport(type="log", at=datetime.now(UTC), data={"message": "mine"})),
@@ -108,5 +109,10 @@ async def test_a_worker_speaks_for_attempts_that_it_has_begun_alone(
     with pytest.raises(NotFound, match="has no attempt"):
         await other.jobs.checkpoint(theirs.job, theirs.number + 1, saved.digest)
     assert (await theirs.succeeds(START + tuned(1))).state == "succeeded"
+    await there(one, "gpu-1")
+    with pytest.raises(Conflict, match="another name"):
+        await there(other, "gpu-1")
+    await there(one, "gpu-1", state="gone")
+    await there(other, "gpu-1")
     for client in clients:
         await client.aclose()

@@ -6,8 +6,18 @@ import errno
 import os
 
 import pytest
+import torch
 
-from tpv.errors import Forbidden, ProblemError, Unauthorized, Unavailable
+from tpv.errors import (
+    ConnectionFailed,
+    DamagedContent,
+    Forbidden,
+    NotFound,
+    ProblemError,
+    Unauthorized,
+    Unavailable,
+    from_problem,
+)
 from tpv_worker.attempt import Figure, Judged, VerificationFailed, check_figures, failure_of, metrics_of
 from tpv_worker.data import Row
 from tpv_worker.errors import DataError
@@ -74,9 +84,22 @@ def test_figures_of_further_data_sets_carry_their_name() -> None:
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), "crashed"),
         (RuntimeError("CUDA error: out of memory"), "out-of-memory"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out-of-memory"),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), "crashed"),
-        (ProblemError("the version is gone"), "conflict"),
+        (RuntimeError("a tensor has the wrong shape"), "crashed"),
+        # A device that has failed serves nobody any more until the process has ended; what has broken it is not known.
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "unavailable"),
+        (torch.AcceleratorError("the device was lost"), "unavailable"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "out-of-memory"),
+        (ProblemError("something went wrong inside the service"), "unavailable"),
+        (from_problem({"detail": "bad gateway"}, 502), "unavailable"),
+        (ConnectionFailed("could not reach the service"), "unavailable"),
+        (DamagedContent("the vector is damaged"), "conflict"),
+        (NotFound("the version is gone"), "conflict"),
     ],
 )
 def test_a_failure_is_the_jobs_own_only_where_the_job_can_help_it(error: Exception, reason: str) -> None:
     assert failure_of(error).reason == reason
+
+
+def test_a_failure_of_the_device_is_said_to_be_one() -> None:
+    error = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
+    assert failure_of(error).message.startswith("the device failed: CUDA error: unspecified launch failure")

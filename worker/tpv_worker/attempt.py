@@ -9,6 +9,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
@@ -24,7 +25,16 @@ from transformers.utils.logging import disable_progress_bar
 
 import tpv
 from tpv import Client, Retries, files
-from tpv.errors import ConnectionFailed, Forbidden, JobFinished, ProblemError, StaleAttempt, Unauthorized, Unavailable
+from tpv.errors import (
+    ConnectionFailed,
+    DamagedContent,
+    Forbidden,
+    JobFinished,
+    ProblemError,
+    StaleAttempt,
+    TpvError,
+    Unauthorized,
+)
 from tpv.methods import METHODS as DECLARED
 from tpv.methods import InitializeOptions, TrainingOptions, options_of
 from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
@@ -90,7 +100,7 @@ class LoadedModel:
                 self._loaded = backbone, facts_of(backbone, where, model.revision)
                 self._files = files
         except Exception as error:
-            self._loaded = error
+            self._loaded, self._files = error, None
 
     def get(self) -> tuple[Backbone, BaseModelFacts]:
         if isinstance(self._loaded, Exception):
@@ -109,6 +119,7 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel)
     token = settings.token.get_secret_value() if settings.token else None
     with Client(settings.url, token, retries=PATIENT) as client:
         events = Events(client, started)
+        events.listen()
         try:
             try:
                 memory.limit(settings)
@@ -121,16 +132,14 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel)
                 failure = failure_of(error)
                 if failure.reason == "crashed":
                     events.log("".join(traceback.format_exception(error)[-5:]))
-                try:
+                with suppress(ProblemError):  # how it ended is worth more than what was seen on the way
                     events.flush()
-                except Unavailable:
-                    raise
-                except ProblemError:  # what was seen on the way is refused; how it ended is worth more
-                    traceback.print_exc()
                 client.jobs.fail(started.job, started.number, failure)
         except (StaleAttempt, JobFinished):
             return  # somebody else has the job, or nobody wants it any more
-        except (ConnectionFailed, Unavailable):
+        except TpvError as error:
+            if failure_of(error).reason != "unavailable":  # the report itself is wrong
+                raise
             traceback.print_exc()
             os._exit(TRY_AGAIN)
 
@@ -138,24 +147,28 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel)
 def failure_of(error: Exception) -> FailureReport:
     """The reason that a user sees, and a sentence."""
     reason: Reason
+    text = " ".join(str(error).split())[:1000]
     match error:
         case JobError():
             reason = cast("Reason", error.reason)
         case Drained():
             reason = "drained"
-        case Unavailable():  # for longer than is waited for: the store, or the database behind the service
-            reason = "unavailable"
         case Unauthorized() | Forbidden():  # the worker's token is not valid any more
             reason = "unavailable"
+        case ConnectionFailed():
+            reason = "unavailable"
+        case ProblemError() if error.status >= 500 and not isinstance(error, DamagedContent):
+            reason = "unavailable"  # for longer than is waited for: the service, or the store or database behind it
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EIO):  # this machine's disk, for caches
             reason = "unavailable"
         case _ if memory.has_run_out(error):
             reason = "out-of-memory"
+        case RuntimeError() if isinstance(error, torch.AcceleratorError) or text.startswith("CUDA error"):
+            reason, text = "unavailable", f"the device failed: {text}"
         case ProblemError():  # the registry does not give what the job was promised, or does not take the result
             reason = "conflict"
         case _:
             reason = "crashed"
-    text = " ".join(str(error).split())[:1000]
     return FailureReport(reason=reason, message=f"{type(error).__name__}: {text}" if reason == "crashed" else text)
 
 

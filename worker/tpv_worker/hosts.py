@@ -16,6 +16,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
@@ -24,6 +25,10 @@ from tpv import Client
 from tpv.schemas.jobs import AttemptStarted
 from tpv_worker.settings import Settings
 
+# Exit statuses of attempts that no process of their own has given.
+NOT_FORKED = os.EX_OSERR  #: none could be started
+HOST_ENDED = os.EX_SOFTWARE  #: their host ended, and took them along
+
 
 class Running:
     """The process of an attempt, as the worker sees it."""
@@ -31,7 +36,8 @@ class Running:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.pid: int | None = None  #: None until it is forked, which waits for the model
-        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()  #: as `Process.exitcode`
+        #: As `Process.exitcode`, or one of the above.
+        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._signals: list[signal.Signals] = []
 
     def terminate(self) -> None:
@@ -128,7 +134,7 @@ class Host:
         self.process.kill()  # if it has not ended: closed is closed
         self.process.join()
         for running in [*self._places.values()]:
-            self._ended(running, self.process.exitcode or -signal.SIGKILL)
+            self._ended(running, HOST_ENDED)
         self._places.clear()
 
     def _ended(self, running: Running, status: int) -> None:
@@ -167,7 +173,12 @@ def _serve(settings: Settings, connection: Connection) -> None:
                 model.load(started.spec.base_model)
                 gc.freeze()  # else the collector would write to the memory that is shared
                 process = forks.Process(target=attempt, args=(started, device), daemon=True)
-                process.start()
+                try:
+                    process.start()
+                except OSError:  # too many processes, or no memory for one more: those that are there go on
+                    traceback.print_exc()
+                    connection.send((number, None, NOT_FORKED))
+                    continue
                 attempts[process.sentinel] = number, process
                 connection.send((number, process.pid, None))
             else:

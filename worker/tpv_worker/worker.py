@@ -24,10 +24,10 @@ from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
 
 from tpv import AsyncClient
-from tpv.errors import Forbidden, JobFinished, NotNow, StaleAttempt, TpvError
+from tpv.errors import Forbidden, JobFinished, NotNow, StaleAttempt, TpvError, Unauthorized
 from tpv.schemas.jobs import AttemptStarted, FailureReport
 from tpv.schemas.workers import WorkerReport
-from tpv_worker.hosts import Hosts, Running
+from tpv_worker.hosts import HOST_ENDED, NOT_FORKED, Hosts, Running
 from tpv_worker.settings import Settings
 
 log = structlog.get_logger()
@@ -38,6 +38,7 @@ HEARTBEAT = 5.0  #: seconds between two signs of life; without one for 30 s the 
 REPORT = 15.0  #: seconds between two reports of what this worker can do
 FORGET = 86400.0  #: seconds after which a silent worker is removed from the queue's tables
 PATIENCE = 600.0  #: seconds to wait for a database that is away before starting over
+KILLED = 10.0  #: seconds in which a killed process is gone, but for one that hangs in the kernel
 TRY_AGAIN = 75  #: exit status of an attempt that lost the service (EX_TEMPFAIL): not the job's fault
 
 # A connection that broke without a word, as behind a firewall, is noticed within half a minute; the kernel takes hours.
@@ -56,12 +57,23 @@ class ServiceLost(TpvError):
     """The attempt could not report to the service; the service puts the job back into the queue."""
 
 
+class Stop(asyncio.Event):
+    """Set when the worker is to stop."""
+
+    error: TpvError | None = None  #: why, unless it was asked to
+
+    def because_of(self, error: TpvError) -> None:
+        self.error = error
+        self.set()
+
+
 async def run_worker(settings: Settings) -> None:
     """Works until SIGTERM or SIGINT. What trains then ends after its step, kept for another worker to go on with.
 
-    What loads, verifies or reports at that moment has the grace time to end.
+    What loads, verifies or reports at that moment has the grace time to end. It stops in the same way, and raises
+    Unauthorized or Forbidden, when the service does not take its token: else it would spoil one job after another.
     """
-    stop = asyncio.Event()
+    stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     processes = multiprocessing.get_context("forkserver")
@@ -73,6 +85,8 @@ async def run_worker(settings: Settings) -> None:
             return
         slots = Slots(described.result().devices, settings.concurrency)
         report = described.result().report
+        if await _stopped_before(stop, _report(client, report)):
+            return
         log.info("worker is ready", name=settings.name, queues=settings.queues or "all", devices=slots.devices)
         reporting = asyncio.create_task(_report_for_ever(client, report, stop))
         with closing(Hosts(processes, settings)) as hosts:
@@ -81,6 +95,8 @@ async def run_worker(settings: Settings) -> None:
                 async with app.open_async():
                     await _take_jobs(app, settings, slots.count, stop)
         reporting.cancel()
+        if stop.error is not None:
+            raise stop.error
         with suppress(TimeoutError):
             async with asyncio.timeout(2):
                 await _report(client, report.model_copy(update={"state": "gone"}))
@@ -104,17 +120,22 @@ class Slots:
             self._used[device] -= 1
 
 
-async def _report_for_ever(client: AsyncClient, report: WorkerReport, stop: asyncio.Event) -> None:
-    """Says that this worker is there, and when it begins to stop."""
-    while not stop.is_set():
-        await _report(client, report)
-        await _stopped_before(stop, asyncio.sleep(REPORT))
-    await _report(client, report.model_copy(update={"state": "draining"}))
+async def _report_for_ever(client: AsyncClient, report: WorkerReport, stop: Stop) -> None:
+    """Says that this worker is still there, and when it begins to stop."""
+    try:
+        while not await _stopped_before(stop, asyncio.sleep(REPORT)):
+            await _report(client, report)
+        await _report(client, report.model_copy(update={"state": "draining"}))
+    except (Unauthorized, Forbidden) as error:
+        stop.because_of(error)
 
 
 async def _report(client: AsyncClient, report: WorkerReport) -> None:
+    """Raises Unauthorized or Forbidden when the service does not take this worker's token."""
     try:
         await client.workers.report(report)
+    except (Unauthorized, Forbidden):
+        raise
     except TpvError as error:  # the next report may come through
         log.warning("cannot report to the service", error=str(error))
 
@@ -146,7 +167,7 @@ async def _take_jobs(app: App, settings: Settings, concurrency: int, stop: async
     await _stopped_before(stop, asyncio.sleep(1))
 
 
-def create_app(settings: Settings, client: AsyncClient, hosts: Hosts, slots: Slots, stop: asyncio.Event) -> App:
+def create_app(settings: Settings, client: AsyncClient, hosts: Hosts, slots: Slots, stop: Stop) -> App:
     """The queue as a worker sees it, with the one task that it knows."""
     app = App(
         connector=_PatientConnector(
@@ -164,11 +185,13 @@ def create_app(settings: Settings, client: AsyncClient, hosts: Hosts, slots: Slo
         assert context.job.id is not None  # it has come from the queue
         try:
             started = await client.jobs.start_attempt(job, settings.name, context.job.id)
-        except (JobFinished, NotNow, StaleAttempt):
+        except (JobFinished, NotNow, StaleAttempt) as error:
+            log.info("job was not started", job=job, error=str(error))
             return
-        except Forbidden as error:
-            log.warning("another worker's token has begun this job", job=job, error=str(error))
-            return
+        except (Unauthorized, Forbidden) as error:
+            log.error("the service does not take this worker's token; the worker stops", job=job, error=str(error))
+            stop.because_of(error)
+            raise
         with slots.take() as device:
             attempt = hosts.start(started, device)
             try:
@@ -180,6 +203,8 @@ def create_app(settings: Settings, client: AsyncClient, hosts: Hosts, slots: Slo
                         f"the worker has stopped; the attempt did not end within {settings.grace.total_seconds():g} s"
                     )
                     await _fail(client, started, FailureReport(reason="drained", message=message))
+                # Until it has ended it holds memory of the device, which the next attempt there would lack.
+                await asyncio.wait([attempt.status], timeout=KILLED)
                 raise
         if status == TRY_AGAIN:
             raise ServiceLost(f"job {job} could not report to {client.url}")
@@ -203,9 +228,14 @@ async def _status_of(attempt: Running, app: App, worker: int | None, stop: async
 
 def _death(status: int) -> FailureReport:
     """What is known of a process that has ended without a word."""
-    if status < 0:
-        message = f"the training process was ended by signal {signal.Signals(-status).name}"
-        if status == -signal.SIGKILL:
+    if status < 0 or status in (NOT_FORKED, HOST_ENDED):
+        if status == NOT_FORKED:
+            message = "no process could be started for the attempt; see the worker's log"
+        elif status == HOST_ENDED:
+            message = "the process that holds the base model has ended, and the attempt with it"
+        else:
+            message = f"the training process was ended by signal {signal.Signals(-status).name}"
+        if status in (HOST_ENDED, -signal.SIGKILL):
             message += ", often the system's answer when memory runs out"
         return FailureReport(reason="killed", message=message)
     message = f"the training process ended with exit status {status}; see the worker's log"
@@ -252,11 +282,18 @@ def _describe(settings: Settings, connection: Connection) -> None:
 
 
 async def _stopped_before(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
-    """Waits for the work to end or for `stop`; whether `stop` came first. Work that has not ended is cancelled."""
+    """Waits for the work to end or for `stop`; whether `stop` came first. Work that has not ended is cancelled.
+
+    What the work raises is raised here, unless `stop` came first.
+    """
     working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
-    await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
-    working.cancel()
-    stopping.cancel()
+    try:
+        await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        working.cancel()
+        stopping.cancel()
+    if not stop.is_set():
+        working.result()
     return stop.is_set()
 
 

@@ -1,6 +1,6 @@
 """Does centring keep conflicting sources out of DTVG's groups, and does that help? On the lab's tasks.
 
-    python benchmarks/centering.py [--seeds 0-9] [--pool 40] [--shots 24] [--out centering.jsonl]
+    python benchmarks/centering.py [--seeds 0-9] [--shots 24] [--out centering.jsonl]
 
 Vectors of one initialization have a part in common, so that even contrary tasks look similar; the option `center` of
 `dtvg` takes the pooled vectors less the mean of a reference pool before Eq. 2. Some of what that does is arithmetic:
@@ -8,7 +8,8 @@ n vectors less their own mean have an average cosine of about -1/(n - 1), whatev
 compared, with the same vectors, rows and seeds:
 
 - `plain`: none;
-- `reference`: the mean of a pool that is larger than the candidates and shares no task with candidates or targets;
+- `reference`: the mean of the lab's 32 reference tasks, more than the candidates: both poles of every skill, in domains
+  of their own;
 - `own`: the mean of the candidates themselves;
 - `random`: a random direction, as long as the reference centre.
 
@@ -51,7 +52,6 @@ KINDS = ("related", "unrelated", "conflicting")
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--seeds", default="0-9", help="as 0-9 or 0,1,2")
-    arguments.add_argument("--pool", type=int, default=40, help="tasks in the reference pool")
     arguments.add_argument("--shots", type=int, default=24)
     arguments.add_argument("--source-steps", type=int, default=SOURCE_STEPS)
     arguments.add_argument("--out", type=Path, default=Path("centering.jsonl"))
@@ -63,33 +63,29 @@ def main() -> None:
     done = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.exists() else []
     for seed in seeds:
         if seed not in {result["seed"] for result in done}:
-            done.append(Study(seed, given.pool, given.shots, given.source_steps).run())
+            done.append(Study(seed, given.shots, given.source_steps).run())
             with given.out.open("a") as file:
                 file.write(json.dumps(done[-1]) + "\n")
     show([result for result in done if result["seed"] in seeds])
 
 
 class Study:
-    """All of one seed: it draws the initialization, the texts, the order of batches and the reference pool."""
+    """All of one seed: it draws the initialization, the texts, the order of batches and the random direction."""
 
-    def __init__(self, seed: int, pool_size: int, shots: int, source_steps: int) -> None:
+    def __init__(self, seed: int, shots: int, source_steps: int) -> None:
         self.seed, self.shots, self.source_steps = seed, shots, source_steps
         self.backbone = Backbone.load(MODEL_DIRECTORY)
         options = InitializeOptions(num_virtual_tokens=NUM_VIRTUAL_TOKENS, top_k=world.N_COMMON)
         self.P_init = initialization.draw(options, seed, self.backbone.embeddings, self.backbone.tokenizer)
-        taken = {*world.SOURCES, *world.TARGETS}
-        every = itertools.product(world.DOMAIN_NAMES, world.SKILL_NAMES, ("plus", "minus"))
-        free = [task for task in itertools.starmap(world.Task, every) if task not in taken]
-        if pool_size > len(free):
-            raise SystemExit(f"the world has {len(free)} tasks beside the sources and targets, not {pool_size}")
         self.random = np.random.default_rng(seed)
-        self.pool = [free[i] for i in sorted(self.random.choice(len(free), pool_size, replace=False))]
 
     def run(self) -> dict[str, Any]:
         started = time.process_time()
         T_s = torch.stack([self.tune(task, TRAIN_ROWS, self.source_steps) for task in world.SOURCES])
         pooled = pool(T_s)  # (n, d)
-        reference = pool(torch.stack([self.tune(task, TRAIN_ROWS, self.source_steps) for task in self.pool])).mean(0)
+        reference = pool(
+            torch.stack([self.tune(task, TRAIN_ROWS, self.source_steps) for task in world.REFERENCE])
+        ).mean(0)
         direction = torch.from_numpy(self.random.standard_normal(len(reference))).float()
         centres = {
             "plain": None,
@@ -106,7 +102,7 @@ class Study:
         result = {
             "seed": self.seed,
             "candidates": len(T_s),
-            "pool": len(self.pool),
+            "pool": len(world.REFERENCE),
             "cosines": {name: self.cosines(pooled, centre) for name, centre in centres.items()},
             "targets": targets,
             "cpu_seconds": time.process_time() - started,

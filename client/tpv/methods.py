@@ -48,12 +48,12 @@ class TrainingOptions(Options):
     accumulation: int = Field(1, ge=1, description="Parts that a batch is computed in, one after the other (C).")
     learning_rate: float = Field(0.3, gt=0, description="Rate of the prompt's own parameters (C.7).")
     weight_decay: float = Field(1e-5, ge=0, description="AdamW weight decay (C.2).")
-    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas (PyTorch's defaults).")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon (PyTorch's default).")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="Learning rate after the warm-up: constant, or down to zero at the last step (C.2)."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up (C.2: 500 for whole data sets).")
     clip_norm: float | None = Field(None, gt=0, description="Gradient norm is clipped to this; none: not at all.")
     evaluate_every: int = Field(50, ge=1, description="Steps between two validations (C.3); the best one is kept.")
     evaluate_rows: int | None = Field(None, ge=1, description="First rows of validation used to pick the best step.")
@@ -62,8 +62,8 @@ class TrainingOptions(Options):
     )
     stop_below: float | None = Field(None, ge=0, description="Stop when the running training loss is below this.")
     max_source_tokens: int = Field(256, ge=1, description="Tokens of the source that are kept (C).")
-    max_target_tokens: int = Field(16, ge=1, description="Tokens a target may have; a longer one is an error.")
-    separator: str = Field("\n", description="Decoder-only models: the text between source and target.")
+    max_target_tokens: int = Field(16, ge=1, description="Tokens a target may have, ours; more are an error.")
+    separator: str = Field("\n", description="Decoder-only models: text between source and target; ours.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Of the frozen weights (`full`, which trains them, has float32); auto: bfloat16 where the device "

@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import pytest
 from tests.acceptance.cluster import LABELS, PATIENCE, Cluster, cluster, eventually, gone, rows
+from tests.service.jobs.conftest import QueueTables
 from tests.worker.conftest import NUM_VIRTUAL_TOKENS, TOKEN_DIM, _one_thread, make_models, model_paths  # noqa: F401
 
 from tpv import Job
@@ -96,6 +97,7 @@ class Faults:
     def check_the_rest(self) -> None:
         """Nothing runs on, and nothing has run twice."""
         assert [*self.client.jobs.list(state="running"), *self.client.jobs.list(state="queued")] == []
+        assert QueueTables(self.cluster.postgres.url).disagreements() == []
         for vector in self.client.vectors.list():
             assert vector.newest_version == 1
 
@@ -281,6 +283,41 @@ def test_a_retry_may_begin_anew(faults: Faults) -> None:
     job.retry(fresh=True).wait(timeout=120)
     faults.check(job, "cancelled")
     assert not went_on(job)
+
+
+def test_what_happens_to_one_attempt_is_nothing_to_another(faults: Faults) -> None:
+    ask = {"queue": "pair", "steps": 3 * STEPS}
+    with faults.cluster.another("pair", "--queues", "pair", "--concurrency", "2") as worker:
+        jobs = [faults.submit(f"pair-{place}", **ask) for place in range(2)]
+        for job in jobs:
+            at_step(job, STEPS // 2)
+        killed, other = worker.attempts()
+        killed.kill()
+        eventually(lambda: any(len(job.refresh().attempts) > 1 for job in jobs))
+        assert not gone(other)
+        faults.client.jobs.wait_all(jobs, timeout=200)
+    ends = sorted([(attempt.state, attempt.reason) for attempt in job.attempts] for job in jobs)
+    assert ends == [[("failed", "killed"), ("succeeded", None)], [("succeeded", None)]]
+    assert len({faults.client.vectors.get(str(job.output)).fingerprint for job in jobs}) == 1
+
+
+def test_an_attempt_that_hangs_is_followed_by_another_one(faults: Faults) -> None:
+    faults.cluster.api.kill()
+    faults.cluster.start_api(TPV_SILENT_AFTER="PT8S")
+    try:
+        job = faults.submit("hangs")
+        eventually(lambda: checkpoints_of(job, 1))
+        worker = faults.cluster.worker_of(str(job.id))
+        assert worker is not None
+        [attempt] = worker.attempts()
+        attempt.suspend()
+        job.wait(timeout=120)
+        faults.check(job, "timeout")
+        assert len(job.attempts) == 2
+        eventually(lambda: gone(attempt))
+    finally:
+        faults.cluster.api.kill()
+        faults.cluster.start_api()
 
 
 def test_a_stream_goes_on_over_a_restart_of_the_service(faults: Faults) -> None:

@@ -130,7 +130,6 @@ class Cluster:
         environment = {
             **os.environ,
             "TPV_DATABASE_URL": postgres.url,
-            "TPV_QUEUE_URL": postgres.url,
             "TPV_S3_ENDPOINT": store.endpoint,
             "TPV_S3_ACCESS_KEY": ACCESS_KEY,
             "TPV_S3_SECRET_KEY": SECRET_KEY,
@@ -154,6 +153,7 @@ class Cluster:
         subprocess.run(
             [sys.executable, "-m", "tpv.cli.main", "db", "upgrade"], env=environment, check=True, capture_output=True
         )
+        environment["TPV_QUEUE_URL"] = postgres.worker_url()
         # Whoever is at work waits for a service that is started again.
         self.client = Client(self.url, retries=Retries(times=60, longest=1.0))
 

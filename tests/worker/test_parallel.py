@@ -12,20 +12,23 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from tpv.methods import DtvgOptions
+from tpv.methods import DtvgOptions, MptOptions, TrainingOptions
 from tpv_worker.backbone import Backbone
 from tpv_worker.data import Row, Task
 from tpv_worker.evaluation import evaluate
-from tpv_worker.methods import Dtvg, Given
+from tpv_worker.methods import Dtvg, Given, Mpt
 from tpv_worker.training import TrainingResult, train
 
-OPTIONS: dict[str, Any] = {"steps": 6, "evaluate_every": 2, "learning_rate": 0.02, "source_scale_learning_rate": 0.02}
+# A large epsilon: else Adam would make rounding errors in tiny gradients as large as the learning rate.
+OPTIONS: dict[str, Any] = {"steps": 6, "evaluate_every": 2, "learning_rate": 0.02, "adam_epsilon": 0.1}
 OPTIONS |= {"separator": "|", "clip_norm": 1.0}
 LABELS = ("yes", "no", "w5 yes")
 
 
 def work(paths: list[Path]) -> dict[str, Any]:
-    """Runs of a method that groups, on each model: with batches that split unevenly, and of one row."""
+    """Runs on each model: of a method that groups, with batches that split unevenly, and of one row; and of one that
+    samples tasks.
+    """
     rows = [Row(f"w{i} " * (1 + i % 4), LABELS[i % 3]) for i in range(2, 13)]
     found: dict[str, Any] = {}
     for path in paths:
@@ -33,17 +36,21 @@ def work(paths: list[Path]) -> dict[str, Any]:
         backbone.model.double()  # what is left is the rounding of the parameters
         P_init, target, *sources = 0.3 * torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(3))
         given = Given(backbone=backbone, initialization=P_init, target=target, sources=torch.stack(sources))
-        for name, more in {"uneven": {"batch_size": 5}, "one row": {"batch_size": 1, "accumulation": 2}}.items():
-            # A large epsilon: else Adam would make rounding errors in tiny gradients as large as the learning rate.
-            method = Dtvg(DtvgOptions(adam_epsilon=0.1, **OPTIONS, **more), given)
+        grouping = OPTIONS | {"source_scale_learning_rate": 0.02}
+        methods: dict[str, Dtvg | Mpt] = {
+            "uneven": Dtvg(DtvgOptions(**grouping, batch_size=5), given),
+            "one row": Dtvg(DtvgOptions(**grouping, batch_size=1, accumulation=2), given),
+            "sampled": Mpt(MptOptions(**OPTIONS, batch_size=5, source_steps=4, task_learning_rate=0.02), given),
+        }
+        for name, method in methods.items():
             task = Task(train=rows, validation=rows, label_words=LABELS)
-            result = train(backbone, method, [task], options=method.options, seed=0)
+            result = train(backbone, method, [task], [task] * 3, options=method.options, seed=0)
             found |= {f"{path.name}, {name}, {key}": value for key, value in figures(backbone, result, rows).items()}
     return found
 
 
 def figures(backbone: Backbone, result: TrainingResult, rows: list[Row]) -> dict[str, Any]:
-    prompt, options = result.snapshot.prompt, DtvgOptions(**OPTIONS, batch_size=4)
+    prompt, options = result.snapshot.prompt, TrainingOptions(**OPTIONS, batch_size=4)
     examples = backbone.tokenize(rows, options, 3)
     texts = evaluate(backbone, prompt, examples, label_words=None, options=options)
     scored = evaluate(backbone, prompt, examples, label_words=LABELS, options=options)

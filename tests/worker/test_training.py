@@ -4,26 +4,33 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpv.files import fingerprint
-from tpv.methods import DtvgOptions, PromptTuningOptions, TpvSumOptions, TrainingOptions
+from tpv.methods import DtvgOptions, MptOptions, PromptTuningOptions, TpvSumOptions, TrainingOptions
 from tpv_worker.backbone import Backbone, Prompt, Reading
 from tpv_worker.data import Example, Row, Task
 from tpv_worker.errors import DataError, OptionsError, OutOfMemory, TrainingDiverged
 from tpv_worker.evaluation import evaluate
 from tpv_worker.methods import Dtvg, Given, PromptTuning, Snapshot, TuningMethod
-from tpv_worker.training import LOG_EVERY, TrainingResult, rate, train
+from tpv_worker.methods.mpt import SourceStage
+from tpv_worker.training import LOG_EVERY, TrainingResult, rate, tensors_of, train
+
+aten = torch.ops.aten
 
 OPTIONS: dict[str, Any] = {"steps": 30, "batch_size": 8, "learning_rate": 0.1, "evaluate_every": 10, "separator": "|"}
 
 
-Make = Callable[..., PromptTuning | Dtvg]
+Make = Callable[..., PromptTuning | Dtvg | SourceStage]
 
 
 def prompt_tuning(backbone: Backbone, initialization: Tensor, **options: Any) -> PromptTuning:
@@ -37,8 +44,19 @@ def dtvg(backbone: Backbone, initialization: Tensor, **options: Any) -> Dtvg:
     return Dtvg(DtvgOptions(**{**OPTIONS, "source_scale_learning_rate": 0.1, **options}), given)
 
 
+def source_stage(backbone: Backbone, initialization: Tensor, **options: Any) -> SourceStage:
+    """Of four tasks."""
+    teachers = initialization + 0.3 * torch.randn(4, *initialization.shape, generator=torch.Generator().manual_seed(3))
+    return SourceStage(MptOptions(**{**OPTIONS, **options}), initialization, teachers, seed=0)
+
+
 def run(
-    backbone: Backbone, method: PromptTuning | Dtvg, rows: list[Row], validation: list[Row], seed: int = 0, **more: Any
+    backbone: Backbone,
+    method: PromptTuning | Dtvg | SourceStage,
+    rows: list[Row],
+    validation: list[Row],
+    seed: int = 0,
+    **more: Any,
 ) -> TrainingResult:
     task = Task(train=rows, validation=validation, label_words=("yes", "no"))
     return train(backbone, method, [task], options=method.options, seed=seed, **more)
@@ -133,20 +151,84 @@ def test_training_stops_when_validation_gets_no_better(backbone: Backbone, promp
     assert result.steps == result.best_step + 4 * 3 < 90
 
 
-@pytest.mark.parametrize("make", [prompt_tuning, dtvg])
+@pytest.mark.parametrize("make", [prompt_tuning, dtvg, source_stage])
 def test_a_batch_in_parts_is_the_whole_batch(backbone: Backbone, prompt: Tensor, rows: list[Row], make: Make) -> None:
     """Targets of different lengths: a mean of the parts' means would be another number."""
     mixed = [Row(row.source, " ".join(["w9"] * (1 + i % 5))) for i, row in enumerate(rows)]
-    task = Task(train=mixed, label_words=None)
+    tasks = [Task(train=mixed[i::4], label_words=None) for i in range(4)]
     results = []
     for parts in (1, 3, 20):  # the last one: more parts than rows
         method = make(backbone, prompt, accumulation=parts, steps=5, learning_rate=0.01)
-        results.append(train(backbone, method, [task], options=method.options, seed=0))
+        results.append(train(backbone, method, tasks, options=method.options, seed=0))
     whole, *others = results
     for other in others:
         assert other.loss == pytest.approx(whole.loss, rel=1e-5)
         assert other.groups == whole.groups
-        torch.testing.assert_close(prompt_of(other), prompt_of(whole), rtol=0, atol=1e-4)
+        for one, another in zip(tensors_of(whole.snapshot), tensors_of(other.snapshot), strict=True):
+            torch.testing.assert_close(another, one, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer's own look at all of it
+def test_a_compiled_model_trains_as_the_model_itself(
+    model_paths: dict[str, Path], backbone: Backbone, prompt: Tensor, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated by torch.compile, but not made into C++, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    few = {"steps": 3, "learning_rate": 0.01}
+    plain = run(backbone, prompt_tuning(backbone, prompt, **few), rows, [])
+    other = Backbone.load(model_paths[backbone.kind])
+    compiled = run(other, prompt_tuning(other, prompt, compile=True, **few), rows, [])
+    assert counters["frames"]["ok"] > 0, "something has to be compiled"
+    assert compiled.loss == pytest.approx(plain.loss, rel=1e-4)
+    torch.testing.assert_close(prompt_of(compiled), prompt_of(plain), rtol=0, atol=1e-4)
+
+
+class Reads(TorchDispatchMode):
+    """Keeps the tensors whose values the host asks for, by the step that it does so in; 0: before the first one."""
+
+    ASKS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.found = 0, list[tuple[int, Tensor]]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = function.overloadpacket is aten.index and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if by_mask or function.overloadpacket in self.ASKS:
+            self.found.append((self.step, args[0]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [prompt_tuning, partial(dtvg, grouping="fixed-group")], ids=["prompt-tuning", "dtvg"])
+def test_the_host_waits_for_the_device_only_where_it_looks_at_the_losses(
+    backbone: Backbone, prompt: Tensor, rows: list[Row], make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each of these questions is a wait. AdamW's own counters of steps are on the host everywhere."""
+    reads, own = Reads(), list[Tensor]()
+    method = make(backbone, prompt, steps=25, clip_norm=1.0)
+    of_the_next_step = method.prompt
+
+    def prompt_of_the_next_step() -> Prompt:
+        made = of_the_next_step()
+        reads.step += 1
+        return made
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        own[:] = [state["step"] for state in optimizer.state.values()]
+
+    monkeypatch.setattr(method, "prompt", prompt_of_the_next_step)
+    hook = register_optimizer_step_post_hook(count)
+    with reads:
+        run(backbone, method, rows, [])
+    hook.remove()
+    assert len({len(row.source.split()) for row in rows[:8]}) > 1, "there has to be padding"
+    assert own
+    waits = [step for step, read in reads.found if not any(read is counter for counter in own)]
+    assert set(waits) <= {0, 10, 20, 25}
+    assert 25 in waits, "whether the answer is finite is asked at the end, so questions are seen"
 
 
 class Small(PromptTuning):

@@ -86,11 +86,11 @@ def train(
 
     On a CPU the same arguments give the same bytes; the global random state is neither read nor changed. The training
     loss is looked at every LOG_EVERY steps and before each validation: that is when it is reported, when `stop_below`
-    ends the run, and when a NaN is found. Nothing else waits for the device.
+    ends the run, and when a NaN is found. Nothing else waits for the device, but a method that decides on the host.
 
-    A batch is computed in `accumulation` parts, whose losses are weighted by their target tokens: the result is that of
-    the whole batch. When memory runs out there are twice as many parts from then on, down to one row each. Processes
-    that train together (`tpv_worker.parallel`) share each batch in the same way.
+    The rows that the method samples of a batch are computed in `accumulation` parts, whose losses are weighted by their
+    target tokens: the result is that of all of them. When memory runs out there are twice as many parts from then on,
+    down to one row each. Processes that train together (`tpv_worker.parallel`) share the rows in the same way.
 
     After a step `checkpoints` may ask for the run's state. A run that goes on from one does what the run that wrote it
     would have done, on a CPU to the bit; its method is told so by `resume`, in the place of `prepare`.
@@ -175,7 +175,7 @@ def train(
         for group, full_rate in zip(optimizer.param_groups, full_rates, strict=True):
             group["lr"] = slowed * full_rate
 
-        prompt, batch, loss = method.prompt(), [examples[i] for i in chosen], None
+        prompt, batch, loss = method.prompt(), method.sample([examples[i] for i in chosen]), None
         while loss is None:
             try:
                 loss = backward(backbone, method, prompt, batch, run.accumulation)

@@ -101,7 +101,8 @@ class SourceStage(TuningMethod):
     K are kept, K drawn from 2 up to all of them (the paper's stochastic task sampling).
 
     Where the paper leaves it open: the softmax temperature of L_Logits is 1, H are the last hidden states (of encoder
-    and decoder), soft prompt included, and all three losses are means over tokens (L_Hidden: over their entries too).
+    and decoder), soft prompt included, and all three losses are means over the targets' tokens. L_Hidden of a row is
+    the mean over its states and their entries, and weighs as many as the row's target has tokens.
     """
 
     def __init__(self, options: MptOptions, initialization: Tensor, teachers: Tensor, seed: int) -> None:
@@ -134,12 +135,16 @@ class SourceStage(TuningMethod):
     def resume(self, state: Mapping[str, Any], report: Report) -> None:
         self.random.bit_generator.state = state["random"]
 
-    def loss(self, backbone: Backbone, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
-        """Eq. 5, of some of the tasks in the batch."""
+    def sample(self, batch: Sequence[Example]) -> Sequence[Example]:
+        """Those of some of the tasks in the batch."""
         present = sorted({example.task for example in batch})
-        if len(present) > 2:
-            kept = self.random.choice(present, self.random.integers(2, len(present), endpoint=True), replace=False)
-            batch = [example for example in batch if example.task in kept]
+        if len(present) <= 2:
+            return batch
+        kept = self.random.choice(present, self.random.integers(2, len(present), endpoint=True), replace=False)
+        return [example for example in batch if example.task in kept]
+
+    def loss(self, backbone: Backbone, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
+        """Eq. 5."""
         if not self.options.distillation:
             return backbone.loss(prompt, batch)
         with torch.no_grad():
@@ -155,15 +160,17 @@ def _by_task(prompts: Tensor) -> Prompt:
 
 def difference(student: Predictions, teacher: Predictions) -> Tensor:
     """L_Logits + L_Hidden, Eq. 3 and 4, in nats and in squared units of the hidden states: a scalar."""
+    written = student.labels != IGNORED  # (batch, tokens)
     from_logits = kl_div(
         student.logits.log_softmax(dim=2), teacher.logits.log_softmax(dim=2), reduction="none", log_target=True
     )
-    loss = _mean(from_logits.sum(dim=2), student.labels != IGNORED)
+    of_rows = _sums(from_logits.sum(dim=2), written)  # (batch,)
     for (ours, mask), (theirs, _) in zip(student.hidden, teacher.hidden, strict=True):
-        loss = loss + _mean((ours.float() - theirs.float()).square().mean(dim=2), mask)
-    return loss
+        distances = (ours.float() - theirs.float()).square().mean(dim=2)
+        of_rows = of_rows + written.sum(dim=1) * _sums(distances, mask) / mask.sum(dim=1)
+    return of_rows.sum() / written.sum()
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values (batch, length) that the mask holds; without a boolean index, which would wait."""
-    return (values * mask).sum() / mask.sum()
+def _sums(values: Tensor, mask: Tensor) -> Tensor:
+    """Sums (batch,) of the values (batch, length) that the mask holds; without a boolean index, which would wait."""
+    return (values * mask).sum(dim=1)

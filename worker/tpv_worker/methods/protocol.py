@@ -75,10 +75,15 @@ class TuningMethod(ABC):
     def prompt(self) -> Prompt:
         """What the model reads in front of the sources of the next step, differentiable; called once a step."""
 
+    def sample(self, batch: Sequence[Example]) -> Sequence[Example]:
+        """The rows of a batch that a step is made of; called once a step, by all processes that train together."""
+        return batch
+
     def loss(self, backbone: Backbone, prompt: Prompt, batch: Sequence[Example]) -> Tensor:
         """The scalar that a step makes smaller, in nats; `prompt` is that of the step.
 
-        Called for each part of a step's batch; what it takes a mean over are the targets' tokens.
+        Called for each part of the step's rows, and depends on nothing else: it is a mean in which a row weighs as many
+        as its target has tokens, so that the parts' losses, weighted by their tokens, are that of all rows.
         """
         return backbone.loss(prompt, batch)
 

@@ -77,9 +77,10 @@ def test_it_starts_from_the_plain_sum() -> None:
     torch.testing.assert_close(method.prompt(), expected)
 
 
-def test_gradients_reach_the_target_and_the_group_only() -> None:
+def test_gradients_reach_the_target_and_the_group_only(backbone: Backbone, rows: list[Row]) -> None:
     method = next(method for seed in range(99) if len((method := make(5, seed)).snapshot().members or ()) == 2)
-    method.prompt().square().sum().backward()
+    examples = backbone.tokenize(rows, DtvgOptions(separator="|"), R)
+    method.loss(backbone, method.prompt(), examples).backward()
     members = list(method.members)
     others = [i for i in range(5) if i not in members]
     assert method.T_t.grad is not None
@@ -91,6 +92,7 @@ def test_gradients_reach_the_target_and_the_group_only() -> None:
     assert method.alpha_s.grad[others].abs().max() == 0
     assert method.T_s.grad is None
     assert method.P_init.grad is None
+    assert all(weight.grad is None for weight in backbone.model.parameters())
 
 
 def test_an_empty_group_leaves_the_sources_scales_and_their_optimizer_state_alone() -> None:
@@ -256,6 +258,21 @@ def test_scaling_terms_are_looked_at_with_each_snapshot() -> None:
     method.snapshot()
     [warning] = events
     assert "near 0, so that their vectors hardly count: the target (0.001);" in warning["message"], "mnli is not taken"
+
+
+def test_scaling_terms_are_looked_at_during_a_run_without_validation(backbone: Backbone, rows: list[Row]) -> None:
+    method = Dtvg(DtvgOptions(**FEW, separator="|"), given(*vectors(4)))
+    method.alpha_t.requires_grad_(False)
+    events: list[dict[str, Any]] = []
+
+    def report(event: dict[str, Any]) -> None:
+        events.append(event)
+        method.alpha_t.zero_()  # at the first event, of the group in step 1
+
+    train_on(backbone, method, rows, report)
+    [step] = [event["step"] for event in events if "near 0" in event.get("message", "")]
+    assert step == 10
+    assert [event["type"] for event in events][-1] == "progress", "the run went on"
 
 
 # A literal transcription of Algorithms 1 and 2, in double loops and by the chain rule, against the real run.

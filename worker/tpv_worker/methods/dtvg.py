@@ -24,6 +24,7 @@ from tpv_worker.data import Task
 from tpv_worker.errors import OptionsError, TrainingDiverged
 from tpv_worker.methods.protocol import Given, Report, Snapshot, TuningMethod
 from tpv_worker.methods.watch import Watch
+from tpv_worker.training import LOG_EVERY
 
 
 class Dtvg(TuningMethod):
@@ -95,6 +96,8 @@ class Dtvg(TuningMethod):
     def prompt(self) -> Tensor:
         if self.options.grouping == "dynamic" and self.step % self.options.regroup_every == 0:
             self.members = self._group()
+        if self.step and self.step % LOG_EVERY == 0:  # the loop has just waited for the device
+            self._look(self.members)
         self.step += 1
         self.watch.saw(self.members)
         return self._mix(self.members)
@@ -103,11 +106,15 @@ class Dtvg(TuningMethod):
     def snapshot(self) -> Snapshot:
         """A dynamic group is recomputed from the present parameters, whatever the last step used, and then fixed."""
         members = self._group() if self.options.grouping == "dynamic" else self.members
-        sizes = torch.cat([self.alpha_t[None], self.alpha_s[list(members)]]).abs().mean(dim=1).tolist()
-        self.watch.sizes(zip(["the target", *(self.names[i] for i in members)], sizes, strict=True))
+        self._look(members)
         tensors = {"target_vector": self.T_t, "target_scale": self.alpha_t, "source_scales": self.alpha_s}
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         return Snapshot(prompt=self._mix(members), members=members, tensors=copies)
+
+    @torch.no_grad()
+    def _look(self, members: tuple[int, ...]) -> None:
+        sizes = torch.cat([self.alpha_t[None], self.alpha_s[list(members)]]).abs().mean(dim=1).tolist()
+        self.watch.sizes(zip(["the target", *(self.names[i] for i in members)], sizes, strict=True))
 
     @torch.no_grad()
     def _group(self) -> tuple[int, ...]:

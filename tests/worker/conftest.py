@@ -120,7 +120,7 @@ LLAMA = {
 GEMMA = LLAMA | {"sliding_window": 4, "query_pre_attn_scalar": 8, "tie_word_embeddings": False}
 BART = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 BART |= {"d_model": TOKEN_DIM, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64}
-BART |= {"init_std": 0.5, "decoder_start_token_id": 0, "pad_token_id": 0, "forced_eos_token_id": None}
+BART |= {"init_std": 0.5, "decoder_start_token_id": 0, "pad_token_id": 0}
 
 #: What a model type's configuration differs in from its defaults.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -141,7 +141,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def random_model(model_type: str, **config: Any) -> Any:
     """A model with random weights, large enough that predictions depend on the input."""
     tokens = {"vocab_size": len(WORDS), "bos_token_id": 3, "eos_token_id": 1}
-    made = AutoConfig.for_model(model_type, **tokens, **config)
+    made = AutoConfig.for_model(model_type, **tokens | config)
     auto = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(0)

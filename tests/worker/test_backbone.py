@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.worker.conftest import BART, random_model
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tests.worker.conftest import BART, T5, random_model
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -22,9 +24,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from tpv.files import fingerprint
 from tpv.methods import TrainingOptions
 from tpv_worker.backbone import Backbone, Prompt, Reading, model_digest
-from tpv_worker.data import Example, Row
+from tpv_worker.data import Example, Row, Task
 from tpv_worker.errors import DataError, ModelError, OptionsError
 from tpv_worker.evaluation import evaluate
+from tpv_worker.methods import Given, PromptTuning
+from tpv_worker.training import train
 
 OPTIONS = TrainingOptions(batch_size=8, separator=" | ")
 LABELS = ("yes", "no", "w5 yes")
@@ -60,6 +64,17 @@ def test_padding_changes_no_score_and_no_text(family: Backbone, prompt: Tensor, 
     texts = [family.generate(prompt, [example], 4)[0] for example in examples]
     assert family.generate(prompt, examples, 4) == texts
     assert len(set(texts)) > 3, "the texts must depend on the sources for this test to mean anything"
+
+
+def test_logits_are_computed_where_there_are_labels_and_nowhere_else(
+    family: Backbone, prompt: Tensor, rows: list[Row]
+) -> None:
+    """Those of all positions would take more memory than anything else in a step."""
+    widths: list[int] = []
+    hook = family.model.register_forward_hook(lambda *passed: widths.append(passed[-1].logits.shape[1]))
+    family.loss(prompt, family.tokenize([*rows[:7], Row("w3 w4", "w7 w8 w9")], OPTIONS, len(prompt)))
+    hook.remove()
+    assert widths == [4]
 
 
 @torch.no_grad()
@@ -155,6 +170,55 @@ def test_plain_transformers_code_repeats_llamas_predictions(
     assert evaluate(ours, prompt, examples, label_words=None, options=OPTIONS).predictions == texts
 
 
+def greedy(backbone: Backbone, prompt: Tensor, example: Example, limit: int) -> str:
+    """The likeliest token by the model's predictions, then the likeliest after that, up to the end token."""
+    written: list[int] = []
+    while len(written) < limit and backbone.end_token not in written:
+        known = example._replace(target=[*written, backbone.end_token])
+        written.append(int(backbone.predictions(prompt, [known]).logits[0, -1].argmax()))
+    return str(backbone.tokenizer.decode(written, skip_special_tokens=True))
+
+
+#: What published checkpoints bring along, each with a value that would change the texts.
+FOREIGN = {
+    "do_sample": True,
+    "num_beams": 2,
+    "repetition_penalty": 9.0,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1,
+    "min_length": 20,
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 8,
+    "suppress_tokens": [5, 9],
+    "bad_words_ids": [[10]],
+    "max_length": 3,
+}
+TOKENS = {"eos_token_id": [9, 11], "decoder_start_token_id": 12, "pad_token_id": 13}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [("generation_config.json", FOREIGN | TOKENS), ("config.json", FOREIGN)],
+    ids=["own file", "old"],
+)
+def test_decoding_is_greedy_whatever_the_checkpoint_says_of_it(
+    model_paths: dict[str, Path],
+    backbone: Backbone,
+    prompt: Tensor,
+    rows: list[Row],
+    tmp_path: Path,
+    file: str,
+    values: dict[str, Any],
+) -> None:
+    model = shutil.copytree(model_paths[backbone.kind], tmp_path / "model")
+    (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | values))
+    examples = backbone.tokenize(rows[:9], OPTIONS, len(prompt))
+    expected = [greedy(backbone, prompt, example, 6) for example in examples]
+    assert len(set(expected)) > 3
+    assert Backbone.load(model).generate(prompt, examples, 6) == expected
+
+
 def test_a_long_source_is_cut_but_keeps_its_special_token(backbone: Backbone) -> None:
     options = OPTIONS.model_copy(update={"max_source_tokens": 3})
     (example,) = backbone.tokenize([Row("w0 w1 w2 w3", "yes")], options, 3)
@@ -248,6 +312,9 @@ class Refusing(BaseHTTPRequestHandler):
     status = 503
 
     def do_HEAD(self) -> None:
+        if self.status == 0:  # it hangs up
+            self.close_connection = True
+            return
         self.send_response(self.status)
         self.end_headers()
 
@@ -262,14 +329,15 @@ WRONG = "ModelError model cannot load the model some/model"
 
 @pytest.mark.parametrize(
     ("offline", "status", "said"),
-    [("0", None, UNANSWERED), ("0", 503, UNANSWERED), ("0", 403, WRONG), ("1", None, WRONG)],
-    ids=["nobody answers", "it is broken", "it refuses", "nobody is asked"],
+    [("0", None, UNANSWERED), ("0", 503, UNANSWERED), ("0", 0, UNANSWERED), ("0", 403, WRONG), ("1", None, WRONG)],
+    ids=["nobody answers", "it is broken", "it hangs up", "it refuses", "nobody is asked"],
 )
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_no_fault_of_the_model(
     tmp_path: Path, offline: str, status: int | None, said: str
 ) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (Refusing,), {"status": status})) as hub:
-        if status:
+        if status is not None:
             threading.Thread(target=hub.serve_forever, daemon=True).start()
         else:
             hub.server_close()  # its port is nobody's
@@ -281,9 +349,24 @@ def test_a_hub_that_does_not_answer_is_no_fault_of_the_model(
             text=True,
             check=True,
         )
-        if status:
+        if status is not None:
             hub.shutdown()
     assert asked.stdout.startswith(said)
+
+
+@pytest.mark.parametrize(
+    "cause", [OSError(errno.ENOSPC, "No space left on device"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_what_the_machine_lacks_is_no_fault_of_the_model(
+    model_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, cause: Exception
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("cannot load the tokenizer") from cause
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fails)
+    with pytest.raises(type(cause)) as raised:
+        Backbone.load(model_paths["decoder-only"])
+    assert raised.value is cause
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "modernbert", "vit", "whisper"])
@@ -309,6 +392,67 @@ def test_what_reads_a_soft_prompt_in_a_way_of_its_own_is_refused(
     random_model(model_type, **config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="supported are encoder-decoder models"):
         Backbone.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 whose tokenizer is a trained SentencePiece model and nothing else, as in google/t5-v1_1-*."""
+    path = tmp_path_factory.mktemp("spiece")
+    text = ["the cat sat on the mat", "yes and no are words", "a dog ran to the cat"] * 5
+    numbers = {"vocab_size": 50, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_prefix=str(path / "spiece"),
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **numbers,
+    )
+    (path / "spiece.vocab").unlink()
+    extra = [f"<extra_id_{i}>" for i in range(100)]
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100}
+    config = special | {"additional_special_tokens": extra, "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    random_model("t5", **T5 | {"vocab_size": 150}).save_pretrained(path)
+    return path
+
+
+def test_a_tokenizer_may_be_a_sentencepiece_model_alone(spiece: Path, prompt: Tensor) -> None:
+    backbone = Backbone.load(spiece)
+    plain = SentencePieceProcessor(model_file=str(spiece / "spiece.model"))
+    rows = [Row("the cat sat on a dog", "yes"), Row("no words", "no")]
+    examples = backbone.tokenize(rows, OPTIONS, len(prompt))
+    assert [example.source for example in examples] == [[*plain.encode(row.source), 1] for row in rows]
+    assert [example.target for example in examples] == [[*plain.encode(row.target), 1] for row in rows]
+    method = PromptTuning(OPTIONS, Given(backbone=backbone, initialization=prompt))
+    options = OPTIONS.model_copy(update={"steps": 1})
+    result = train(backbone, method, [Task(train=rows, label_words=None)], options=options, seed=0)
+    assert not torch.equal(result.snapshot.prompt, prompt)
+
+
+LOAD_WITHOUT = """
+import sys
+path, *packages = sys.argv[1:]
+sys.modules |= dict.fromkeys(packages)  # as if they were not installed
+from tpv_worker.backbone import Backbone
+from tpv_worker.errors import ModelError
+try:
+    Backbone.load(path)
+except ModelError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("packages", "said"),
+    [
+        (["sentencepiece"], "pip install sentencepiece"),
+        (["sentencepiece", "google.protobuf"], "pip install sentencepiece protobuf"),
+    ],
+)
+def test_a_package_that_a_tokenizer_lacks_is_named(spiece: Path, packages: list[str], said: str) -> None:
+    command = [sys.executable, "-c", LOAD_WITHOUT, str(spiece), *packages]
+    asked = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert asked.stdout.rstrip().endswith(said)
 
 
 def test_damaged_or_missing_weights_are_refused(model_paths: dict[str, Path], tmp_path: Path) -> None:

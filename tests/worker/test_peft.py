@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import tpv.peft
 from tpv import TaskPromptVector, files
@@ -31,8 +32,9 @@ TASK_TYPES: dict[str, tpv.peft.TaskType] = {"encoder-decoder": "SEQ_2_SEQ_LM", "
 
 @pytest.fixture
 def base(backbone: Backbone, model_paths: dict[str, Path]) -> Any:
-    """The backbone's model, loaded anew: PEFT changes the model that it wraps."""
-    return Backbone.load(model_paths[backbone.kind]).model
+    """The backbone's model, loaded anew as a user of PEFT does: PEFT changes the model that it wraps."""
+    auto = AutoModelForSeq2SeqLM if backbone.kind == "encoder-decoder" else AutoModelForCausalLM
+    return auto.from_pretrained(model_paths[backbone.kind])
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -53,7 +52,7 @@ from tpv_worker import initialization, lab, memory
 from tpv_worker.backbone import Backbone, Prompt, model_digest
 from tpv_worker.checkpoints import Drained, StoredCheckpoints
 from tpv_worker.data import Dataset, Example, Row, Task, few_shot, read_rows
-from tpv_worker.errors import JobError, ModelError
+from tpv_worker.errors import DISK_ERRORS, JobError, ModelError
 from tpv_worker.evaluation import Evaluation, evaluate, majority
 from tpv_worker.events import Events
 from tpv_worker.methods import METHODS, Given, TuningMethod
@@ -159,7 +158,7 @@ def failure_of(error: Exception) -> FailureReport:
             reason = "unavailable"
         case ProblemError() if error.status >= 500 and not isinstance(error, DamagedContent):
             reason = "unavailable"  # for longer than is waited for: the service, or the store or database behind it
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EIO):  # this machine's disk, for caches
+        case OSError() if error.errno in DISK_ERRORS:  # this machine's disk, for caches
             reason = "unavailable"
         case _ if memory.has_run_out(error):
             reason = "out-of-memory"

@@ -24,7 +24,7 @@ import copy
 import hashlib
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -43,13 +43,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
 from tpv.files import fingerprint
 from tpv.methods import TrainingOptions
+from tpv_worker import attention, memory
 from tpv_worker.data import Example, Row
-from tpv_worker.errors import DataError, HubUnavailable, ModelError, OptionsError
+from tpv_worker.errors import DISK_ERRORS, DataError, HubUnavailable, ModelError, OptionsError
 
 Precision = Literal["auto", "float32", "bfloat16"]
 IGNORED = -100  #: label of positions that no loss is taken on; cross_entropy's default
@@ -96,6 +99,7 @@ class Backbone(ABC):
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         """`model` is a PreTrainedModel; Any, because each architecture has its own forward()."""
+        attention.leave_masks_unread()
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
@@ -103,6 +107,11 @@ class Backbone(ABC):
         self._digest: str | None = None
         self._sources: dict[tuple[int, str], dict[str, list[int]]] = {}  # tokens by text, for each way of cutting
         self.end_token: int = tokenizer.eos_token_id
+        # In the place of the checkpoint's own, whose penalties, limits and forced tokens `generate` would apply even
+        # beside a configuration that is passed to it.
+        self.model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+            eos_token_id=self.end_token, pad_token_id=self.end_token
+        )
 
     @staticmethod
     def load(
@@ -130,9 +139,12 @@ class Backbone(ABC):
         except Exception as error:  # of any sort: what the hub's client raises has no class of its own
             if _is_unanswered(error):
                 raise HubUnavailable(f"the model hub does not answer, and {path_or_id} is not in its cache") from error
+            for cause in _causes(error):
+                if memory.has_run_out(cause) or (isinstance(cause, OSError) and cause.errno in DISK_ERRORS):
+                    raise cause from error  # of this machine: the model may be well
             # Missing files, unknown architectures, weights of another shape, damaged weights.
             if isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)):
-                raise ModelError(f"cannot load the model {path_or_id}: {error}") from error
+                raise ModelError(f"cannot load the model {path_or_id}: {error}{_packages_missing()}") from error
             raise
         model, info = loaded
         if info["missing_keys"]:  # transformers would go on with random weights in their place
@@ -343,10 +355,13 @@ class EncoderDecoder(Backbone):
     def predictions(self, prompt: Prompt, batch: Sequence[Example], *, hidden: bool = False) -> Predictions:
         labels, _ = self._padded([example.target for example in batch], IGNORED, "right")
         inputs = self._inputs(prompt, batch)
+        mask = inputs["attention_mask"].bool()
+        if _same(len(example.source) for example in batch):
+            del inputs["attention_mask"]  # without one there are faster kernels
         output = self._decoded(labels, output_hidden_states=hidden, **inputs)
         states = []
         if hidden:
-            states.append((output.encoder_last_hidden_state, inputs["attention_mask"].bool()))
+            states.append((output.encoder_last_hidden_state, mask))
             states.append((output.decoder_hidden_states[-1], labels != IGNORED))
         return Predictions(output.logits.float(), labels, states)
 
@@ -362,7 +377,9 @@ class EncoderDecoder(Backbone):
 
     def generate(self, prompt: Prompt, batch: Sequence[Example], max_new_tokens: int) -> list[str]:
         inputs = self._inputs(prompt, batch)
-        return self._decode(self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1))
+        end = torch.tensor([[self.end_token]], device=self.device)
+        start = int(self.model.prepare_decoder_input_ids_from_labels(end))  # what targets start from in training
+        return self._decode(self.model.generate(**inputs, max_new_tokens=max_new_tokens, decoder_start_token_id=start))
 
     def _decoded(self, labels: Tensor, **inputs: Any) -> Any:
         """The model's output, with logits (batch, tokens, vocabulary), for labels (batch, tokens)."""
@@ -390,9 +407,13 @@ class DecoderOnly(Backbone):
         # The end token is predicted, never read; each position predicts the token after it, so the last len(target)
         # positions of a sequence are those with labels.
         inputs = self._inputs(prompt, batch, [example.target[:-1] for example in batch])
-        width = labels.shape[1]
+        mask, width = inputs["attention_mask"].bool(), labels.shape[1]
+        if _same(len(example.source) + len(example.target) for example in batch):
+            # Without a mask there are faster kernels; without positions, which are the usual ones then, nobody looks
+            # into these for sequences that are packed into one row.
+            del inputs["attention_mask"], inputs["position_ids"]
         output = self.model(**inputs, logits_to_keep=width, use_cache=False, output_hidden_states=hidden)
-        states = [(output.hidden_states[-1], inputs["attention_mask"].bool())] if hidden else []
+        states = [(output.hidden_states[-1], mask)] if hidden else []
         return Predictions(output.logits[:, -width:].float(), labels, states)
 
     def label_scores(self, prompt: Prompt, batch: Sequence[Example], label_tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -416,11 +437,7 @@ class DecoderOnly(Backbone):
     def generate(self, prompt: Prompt, batch: Sequence[Example], max_new_tokens: int) -> list[str]:
         inputs = self._inputs(prompt, batch)
         del inputs["position_ids"]  # generate derives the same ones from the mask, and continues them
-        return self._decode(
-            self.model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=self.end_token
-            )
-        )
+        return self._decode(self.model.generate(**inputs, max_new_tokens=max_new_tokens))
 
     def _separator(self, options: TrainingOptions) -> list[int]:
         tokens: list[int] = self.tokenizer(options.separator, add_special_tokens=False).input_ids
@@ -449,18 +466,33 @@ class DecoderOnly(Backbone):
         }
 
 
-def _is_unanswered(error: BaseException | None) -> bool:
-    """Whether this came of a hub that was asked and did not answer, or with an error that is its own."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it came of, and so on."""
     while error is not None:
-        match error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_unanswered(error: BaseException) -> bool:
+    """Whether this came of a hub that was asked and did not answer, or with an error that is its own."""
+    for cause in _causes(error):
+        match cause:
             case OfflineModeIsEnabled() | FileMetadataError():  # both are ConnectionError or the like, and stay
                 return False
             case HfHubHTTPError():
-                return error.response.status_code >= 500 or error.response.status_code == 429
+                return cause.response.status_code >= 500 or cause.response.status_code == 429
             case ConnectionError() | TimeoutError() | socket.gaierror():
                 return True
-        error = error.__cause__ or error.__context__
+            case _ if "TransportError" in {kind.__name__ for kind in type(cause).__mro__}:
+                return True  # of httpx, or of the fork of it that the hub's client has
     return False
+
+
+def _packages_missing() -> str:
+    """What to install for tokenizers like that of T5 1.1; without it transformers asks for one that does not help."""
+    packages = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    missing = " ".join(name for name, available in packages.items() if not available)
+    return f"; its tokenizer may need what is missing here: pip install {missing}" if missing else ""
 
 
 def _kind(config: Any) -> type[Backbone]:
@@ -478,6 +510,10 @@ def _kind(config: Any) -> type[Backbone]:
 def _computes_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for it; a CPU, where it is often slower than float32, is never asked."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _same(lengths: Iterable[int]) -> bool:
+    return len(set(lengths)) == 1
 
 
 def _log_probability(logits: Tensor, tokens: Tensor) -> Tensor:

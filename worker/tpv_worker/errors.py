@@ -5,9 +5,12 @@ Whatever is not one of these is a fault of the machine or of this program; tryin
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 from tpv.errors import TpvError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  #: of the machine's disk; no fault of a job
 
 
 class JobError(TpvError):

@@ -85,16 +85,6 @@ async def needs_of(session: AsyncSession, job: UUID) -> Sequence[NeedRow]:
     return (await session.scalars(statement)).all()
 
 
-async def lost_preparations(session: AsyncSession, job: UUID) -> Sequence[UUID]:
-    """What was submitted for the job to be there first, and came to nothing."""
-    statement = (
-        select(JobRow.id)
-        .join(NeedRow, NeedRow.needs_id == JobRow.id)
-        .where(NeedRow.job_id == job, JobRow.prepares, JobRow.state.in_(LOST))
-    )
-    return (await session.scalars(statement.order_by(JobRow.id))).all()
-
-
 async def silent_jobs(session: AsyncSession, since: datetime) -> Sequence[UUID]:
     """Running jobs whose attempt has said nothing since then."""
     statement = select(JobRow.id).where(JobRow.state == "running", JobRow.reported_at < since).order_by(JobRow.id)

@@ -20,14 +20,13 @@ async def retry_job(session: AsyncSession, queue: Queue, job_id: UUID, actor: st
     With it goes what was submitted for it and came to nothing too. Jobs that failed because of this one wait for it
     again, unless another job that they need has failed too.
     """
-    prepared = await queries.lost_preparations(session, job_id)
-    for lost_one in prepared:
-        await retry_job(session, queue, lost_one, actor, fresh=False)
     needs = await queries.lock_needs(session, job_id)
+    prepared = [need for need in needs if need.prepares and need.state in queries.LOST]
+    for need in prepared:
+        await retry_job(session, queue, need.id, actor, fresh=False)
     job = await queries.lock_job(session, job_id)
-    if prepared and job.state == "queued":
-        return await queries.job_by_id(session, job_id)  # these have brought it back
-    if job.state not in queries.LOST:
+    brought_back = bool(prepared) and job.state == "queued"  # with these, if it had failed because of them alone
+    if job.state not in queries.LOST and not brought_back:
         raise Conflict(f"job {job_id} is {job.state}; only a failed or cancelled one is retried")
     if lost := [need for need in needs if need.state in queries.LOST]:
         raise Conflict(
@@ -36,14 +35,15 @@ async def retry_job(session: AsyncSession, queue: Queue, job_id: UUID, actor: st
             needs=[str(need.id) for need in lost],
         )
     job.lost, job.progress, job.finished_at = 0, {}, None
-    await _take_results(session, job, needs)
     if fresh:
         await queries.drop_checkpoints(session, job.id)
-    if waits_for := [str(need.id) for need in needs if need.state != "succeeded"]:
-        wait(session, job, f"waits for job {', '.join(waits_for)}")
-    else:
-        await enqueue(session, queue, job, message=f"retried by {actor}")
-    await _revive_dependents(session, job)
+    if not brought_back:
+        await _take_results(session, job, needs)
+        if waits_for := [str(need.id) for need in needs if need.state != "succeeded"]:
+            wait(session, job, f"waits for job {', '.join(waits_for)}")
+        else:
+            await enqueue(session, queue, job, message=f"retried by {actor}")
+        await _revive_dependents(session, job)
     await session.flush()
     return await queries.job_by_id(session, job_id)
 

@@ -227,8 +227,8 @@ async def test_a_retry_takes_up_what_was_submitted_for_it(registry: AsyncClient,
     await succeeds(registry, tunings["subj-own"], 2)
     await (await Worker.takes(registry, tunings["cr-own"])).fails()
     assert (await job.refresh()).reason == "dependency"
-    await job.retry()
-    assert (job.state, job.reason) == ("queued", "waiting")
+    await job.retry(fresh=True)
+    assert (job.state, job.reason, job.finished_at) == ("queued", "waiting", None)
     await succeeds(registry, tunings["cr-own"], 3)
     assert queue_tables.entries()[str(job.id)] == ["todo"]
 

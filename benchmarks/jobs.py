@@ -144,8 +144,9 @@ def events(made: Cluster, model: Path) -> None:
     backbone = Backbone.load(model)
     options = PromptTuningOptions(steps=STEPS, batch_size=4, evaluate_every=50)
     job = submit(client, "told", queue="nobody")
-    entry = QueueTables(made.postgres.url).given(job.id)
-    reports = Measured(client, client.jobs.start_attempt(job, "benchmark", entry))
+    queue = QueueTables(made.postgres.url)
+    queue.hold(job.id, silent_for=-3600)  # the service misses no heartbeat
+    reports = Measured(client, client.jobs.start_attempt(job, "benchmark", queue.entry(job.id)))
     P_init = torch.randn(NUM_VIRTUAL_TOKENS, TOKEN_DIM, generator=torch.Generator().manual_seed(0))
     method = PromptTuning(options, Given(backbone=backbone, initialization=P_init))
     task = Task(train=[Row(**row) for row in rows(1, 16)], validation=[], label_words=("yes", "no"))

@@ -8,7 +8,6 @@ import signal
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
@@ -131,8 +130,10 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel)
                 failure = failure_of(error)
                 if failure.reason == "crashed":
                     events.log("".join(traceback.format_exception(error)[-5:]))
-                with suppress(ProblemError):  # how it ended is worth more than what was seen on the way
+                try:
                     events.flush()
+                except ProblemError:  # how it ended is worth more than what was seen on the way
+                    traceback.print_exc()
                 client.jobs.fail(started.job, started.number, failure)
         except (StaleAttempt, JobFinished):
             return  # somebody else has the job, or nobody wants it any more

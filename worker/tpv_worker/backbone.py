@@ -109,7 +109,7 @@ class Backbone(ABC):
         self.end_token: int = tokenizer.eos_token_id
         # In the place of the checkpoint's own, whose penalties, limits and forced tokens `generate` would apply even
         # beside a configuration that is passed to it.
-        self.model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        self.model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call] # it has no annotations
             eos_token_id=self.end_token, pad_token_id=self.end_token
         )
 

@@ -53,7 +53,7 @@ def evaluate(
                     return [label_words[i] for i in best]
                 # One token more than a target has, so that a text which only begins like the target is not cut to it.
                 return backbone.generate(prompt, batch, options.max_target_tokens + 1)
-            except Exception as error:
+            except Exception as error:  # allocators have no class of their own; whatever else it is goes on
                 if len(batch) == 1 or not memory.has_run_out(error):
                     raise
             torch.cuda.empty_cache()

@@ -3,7 +3,7 @@
     queued ── attempt starts ──> running ── result ──> succeeded
       ^  │                        │  │└──── failure ─> failed ──────┐
       │  │                        │  └───── cancel ──> cancelled ───┤
-      ├──┼── worker lost ─────────┘                                 │
+      ├──┼── lost, or hangs ──────┘                                 │
       │  ├── cancel ──────────────────────> cancelled ──────────────┤
       │  └── a job it needs failed ───────> failed (`dependency`) ──┤
       └───────────────────────── retry ─────────────────────────────┘

@@ -97,7 +97,7 @@ class LostJobs:
         try:
             async with self.sessions.begin() as session:
                 yield session
-        except Exception as error:
+        except Exception as error:  # of any sort: the next look tries it again
             log.warning("cannot give a job back", job=str(job), error=repr(error))
 
 

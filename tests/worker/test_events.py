@@ -56,7 +56,7 @@ def attempt(url: str, model: LoadedModel) -> int:
 
     def run() -> None:
         # As in a process that pytest does not listen to.
-        logging.basicConfig(force=True, stream=sys.__stderr__, format="logged: %(message)s")
+        logging.basicConfig(force=True, stream=sys.__stderr__, format="%(name)s logged: %(message)s")
         warnings.resetwarnings()
         warnings.showwarning = lambda message, *_: print(f"shown: {message}", file=sys.__stderr__)
         run_attempt(Settings(url=url, queue_url="postgresql://"), STARTED, model)
@@ -83,7 +83,7 @@ def test_warnings_of_an_attempt_are_told_once_and_written_as_before(capfd: pytes
         assert [failure["reason"] for failure in service.bodies("failure")] == ["data"]
     written = capfd.readouterr().err
     assert written.count("shown: some weights are new") == 1  # Python says it once for each line
-    assert written.count("logged: some weights are new") == 2
+    assert written.count("ours logged: some weights are new") == 2
 
 
 @pytest.mark.parametrize(("kind", "status"), [("invalid-request", 422), ("internal", 500), ("too-large", 413)])

@@ -107,8 +107,8 @@ class Faults:
 
 def kill_the_attempt(faults: Faults, job: Job, draws: np.random.Generator) -> None:
     for worker in faults.cluster.workers:
-        for attempt in worker.attempts():
-            attempt.kill()
+        if processes := worker.attempts():  # several, where they train together
+            processes[draws.integers(len(processes))].kill()
 
 
 def kill_the_worker(faults: Faults, job: Job, draws: np.random.Generator) -> None:
@@ -299,6 +299,45 @@ def test_what_happens_to_one_attempt_is_nothing_to_another(faults: Faults) -> No
     ends = sorted([(attempt.state, attempt.reason) for attempt in job.attempts] for job in jobs)
     assert ends == [[("failed", "killed"), ("succeeded", None)], [("succeeded", None)]]
     assert len({faults.client.vectors.get(str(job.output)).fingerprint for job in jobs}) == 1
+
+
+def test_processes_that_train_together_give_what_one_does(faults: Faults) -> None:
+    # A few steps: rounding errors grow tenfold in every five here, also between two ways to divide a batch.
+    ask = {"steps": 5, "adam_epsilon": 0.1}
+    with faults.cluster.another("together", "--queues", "together", "--processes", "2"):
+        jobs = [faults.submit("alone", **ask), faults.submit("together", queue="together", **ask)]
+        faults.client.jobs.wait_all(jobs, timeout=120)
+    alone, together = [faults.client.vectors.get(str(job.output)) for job in jobs]
+    assert (alone.provenance["processes"], together.provenance["processes"]) == (1, 2)
+    assert alone.provenance["group_history"] == together.provenance["group_history"]
+    np.testing.assert_allclose(together.load().tensor, alone.load().tensor, rtol=0, atol=1e-4)
+
+
+def test_processes_that_train_together_are_one_attempt(faults: Faults) -> None:
+    """Whichever of them dies, and when the worker stops: the next attempt goes on as this one would have."""
+    fingerprints = set()
+    with faults.cluster.another("together", "--queues", "together", "--processes", "2") as worker:
+        for name, reasons in (
+            ("undisturbed", []),
+            ("first", ["killed"]),
+            ("second", ["killed"]),
+            ("stop", ["drained"]),
+        ):
+            job = faults.submit(f"together-{name}", queue="together")
+            if reasons:
+                eventually(lambda: checkpoints_of(job, 1))  # noqa: B023 # it is asked here and now
+                first, second = sorted(worker.attempts(), key=lambda process: process.create_time())
+                if name == "stop":
+                    worker.stop()
+                    worker.start()
+                else:
+                    (first if name == "first" else second).kill()
+                eventually(lambda: gone(first) and gone(second), ENDED)  # noqa: B023
+            job.wait(timeout=120)
+            assert [attempt.reason for attempt in job.attempts] == [*reasons, None]
+            assert len(went_on(job)) == len(reasons)
+            fingerprints.add(faults.client.vectors.get(str(job.output)).fingerprint)
+    assert len(fingerprints) == 1
 
 
 def test_an_attempt_that_hangs_is_followed_by_another_one(faults: Faults) -> None:

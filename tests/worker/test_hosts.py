@@ -41,11 +41,13 @@ def held() -> Iterator[tuple[str, threading.Event]]:
         let_go.set()
 
 
-def start(hosts: Hosts) -> Running:
+def start(hosts: Hosts, *, processes: int = 1) -> Running:
     """An attempt with a model that its worker may not read: it fails at once, and tells so."""
     model = BaseModelReference.model_construct(id="/not/allowed", revision=None)
     spec = JobSpec.model_construct(method="initialize", options={}, output=None, base_model=model)
-    return hosts.start(AttemptStarted.model_construct(job=uuid4(), number=1, spec=spec, checkpoints=[]), "cpu")
+    return hosts.start(
+        AttemptStarted.model_construct(job=uuid4(), number=1, spec=spec, checkpoints=[]), ["cpu"] * processes
+    )
 
 
 def run(url: str, work: Callable[[Hosts], Coroutine[Any, Any, None]]) -> None:
@@ -119,3 +121,29 @@ def test_an_attempt_is_killed_before_it_has_a_process_and_after(held: tuple[str,
         assert await late.status == -signal.SIGKILL
 
     run(url, work)
+
+
+@pytest.mark.parametrize("dies", ["the first", "another"])
+def test_the_processes_of_an_attempt_end_together(dies: str, held: tuple[str, threading.Event]) -> None:
+    url, _ = held
+
+    async def work(hosts: Hosts) -> None:
+        attempt = start(hosts, processes=3)
+        first = psutil.Process(await forked(attempt))
+        team = psutil.Process(first.ppid()).children()
+        assert len(team) == 3
+        (first if dies == "the first" else next(process for process in team if process != first)).kill()
+        assert await attempt.status == -signal.SIGKILL
+        assert not any(process.is_running() for process in team)  # and hold no memory of a device
+
+    run(url, work)
+
+
+def test_a_failure_of_all_processes_is_told_by_the_first_one() -> None:
+    with registry(lambda what, body: problem("job-finished", 409)) as service:
+
+        async def work(hosts: Hosts) -> None:
+            assert await start(hosts, processes=3).status == 0
+
+        run(service.url, work)
+        assert [failure["reason"] for failure in service.bodies("failure")] == ["model"]

@@ -18,7 +18,7 @@ from tests.worker.registry import Answer, problem, registry
 
 from tpv import AsyncClient
 from tpv.errors import Forbidden, Unauthorized
-from tpv_worker.capabilities import devices
+from tpv_worker.capabilities import devices, slots
 from tpv_worker.hosts import Hosts
 from tpv_worker.settings import Settings
 from tpv_worker.worker import TASK, Slots, Stop, _death, create_app, run_worker
@@ -56,7 +56,7 @@ class Worker:
     """A worker whose queue is in memory, and whose attempts are no processes."""
 
     def __init__(self, answer: Answer, ending: float = 0.0) -> None:
-        self.stop, self.slots, self.ending = Stop(), Slots(["cuda:0", "cuda:1"], None), ending
+        self.stop, self.slots, self.ending = Stop(), Slots([("cuda:0",), ("cuda:1",)], None), ending
         self.begun: asyncio.Future[Stubborn] = asyncio.get_running_loop().create_future()
         settings = Settings(url="http://service", queue_url="postgresql://", name="w")
         transport = httpx.MockTransport(lambda request: httpx.Response(answer[0], json=answer[1]))
@@ -70,7 +70,7 @@ class Worker:
             async with self.app.open_async():
                 yield self
 
-    def start(self, started: Any, device: str) -> Stubborn:
+    def start(self, started: Any, devices: Any) -> Stubborn:
         self.begun.set_result(Stubborn(self.ending))
         return self.begun.result()
 
@@ -128,8 +128,8 @@ def test_the_device_of_a_cancelled_attempt_is_free_when_its_process_has_ended() 
             working = asyncio.create_task(worker.work())
             attempt = await worker.begun
             await worker.app.job_manager.cancel_job_by_id_async(entry, abort=True)
-            free = "cuda:1"
-            while free == "cuda:1":
+            free: tuple[str, ...] = ("cuda:1",)
+            while free == ("cuda:1",):
                 ended = attempt.status.done()
                 with worker.slots.take() as free:
                     pass
@@ -169,23 +169,34 @@ def test_cuda_is_every_gpu_that_is_visible(monkeypatch: pytest.MonkeyPatch) -> N
         devices("cuda")
 
 
+def test_processes_that_train_together_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert slots("cuda", 1) == [("cuda:0",), ("cuda:1",), ("cuda:2",), ("cuda:3",)]
+    assert slots("cuda", 2) == [("cuda:0", "cuda:1"), ("cuda:2", "cuda:3")]
+    assert slots("cpu", 2) == [("cpu", "cpu")]
+    with pytest.raises(RuntimeError, match="need 3 GPUs, or a multiple; 'cuda' is cuda:0, cuda:1, cuda:2, cuda:3"):
+        slots("cuda", 3)
+    with pytest.raises(RuntimeError, match="need 2 GPUs, or a multiple; 'cuda:1' is cuda:1"):
+        slots("cuda:1", 2)
+
+
 def test_each_device_has_one_attempt_at_a_time() -> None:
-    slots = Slots(["cuda:0", "cuda:1"], None)
+    slots = Slots([("cuda:0",), ("cuda:1",)], None)
     assert slots.count == 2
     with slots.take() as first:
         with slots.take() as second:
-            assert (first, second) == ("cuda:0", "cuda:1")
+            assert (first, second) == (("cuda:0",), ("cuda:1",))
         with slots.take() as third:
-            assert third == "cuda:1"
+            assert third == ("cuda:1",)
     with slots.take() as fourth:
-        assert fourth == "cuda:0"
+        assert fourth == ("cuda:0",)
 
 
 def test_more_attempts_are_spread_over_the_devices() -> None:
-    slots = Slots(["cuda:0", "cuda:1"], 4)
+    slots = Slots([("cuda:0", "cuda:1"), ("cuda:2", "cuda:3")], 4)
     assert slots.count == 4
     with slots.take() as one, slots.take() as two, slots.take() as three, slots.take() as four:
-        assert [one, two, three, four] == ["cuda:0", "cuda:1"] * 2
+        assert [one, two, three, four] == [("cuda:0", "cuda:1"), ("cuda:2", "cuda:3")] * 2
 
 
 def test_no_more_is_said_of_a_death_than_is_known() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,14 +48,15 @@ from tpv.schemas.jobs import (
     ResultReport,
 )
 from tpv.vectors import Float32
-from tpv_worker import initialization, lab, memory
+from tpv_worker import initialization, lab, memory, parallel
 from tpv_worker.backbone import Backbone, Prompt, model_digest
-from tpv_worker.checkpoints import Drained, StoredCheckpoints
+from tpv_worker.checkpoints import Checkpoints, Drained, StoredCheckpoints
 from tpv_worker.data import Dataset, Example, Row, Task, few_shot, read_rows
 from tpv_worker.errors import DISK_ERRORS, JobError, ModelError
 from tpv_worker.evaluation import Evaluation, evaluate, majority
-from tpv_worker.events import Events
+from tpv_worker.events import Events, Untold
 from tpv_worker.methods import METHODS, Given, TuningMethod
+from tpv_worker.parallel import ALONE, Place, Separated
 from tpv_worker.settings import Settings
 from tpv_worker.training import TrainingResult, train
 from tpv_worker.worker import TRY_AGAIN
@@ -68,6 +70,8 @@ class VerificationFailed(JobError):
     reason = "verification"
 
 
+PARTING = 30.0  #: seconds to be ended in, when the processes of an attempt have lost each other
+FIRST = 5.0  #: seconds that the first process has to tell the same failure, with what came before it
 PATIENT = Retries(times=60, longest=10.0)  #: about ten minutes: hours of training are worth the wait for a store
 
 
@@ -106,8 +110,11 @@ class LoadedModel:
         return self._loaded
 
 
-def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel) -> None:
-    """Does the work and reports how it ended; exits with TRY_AGAIN when it cannot report."""
+def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel, place: Place = ALONE) -> None:
+    """Does the work and reports how it ended; exits with TRY_AGAIN when it cannot report.
+
+    Of several processes the first one reports. Another one speaks only when it has failed, and exits with 1 then.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the worker, which ends this process when it must
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
@@ -116,17 +123,22 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel)
     torch.set_num_threads(settings.threads or THREADS)
     token = settings.token.get_secret_value() if settings.token else None
     with Client(settings.url, token, retries=PATIENT) as client:
-        events = Events(client, started)
+        events = Untold() if place.rank else Events(client, started)
         events.listen()
         try:
             try:
                 memory.limit(settings)
-                result = Attempt(client, started, settings, events, stopping).run(model)
+                result = Attempt(client, started, settings, events, stopping, place).run(model)
                 events.flush()
-                client.jobs.complete(started.job, started.number, result)
+                if result is not None:
+                    client.jobs.complete(started.job, started.number, result)
             except (StaleAttempt, JobFinished, ConnectionFailed):
                 raise
             except Exception as error:
+                if isinstance(error, Separated):  # the one that has failed says why, and the host ends the others
+                    time.sleep(PARTING)
+                elif place.rank:
+                    time.sleep(FIRST)
                 failure = failure_of(error)
                 if failure.reason == "crashed":
                     events.log("".join(traceback.format_exception(error)[-5:]))
@@ -135,6 +147,8 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel)
                 except ProblemError:  # how it ended is worth more than what was seen on the way
                     traceback.print_exc()
                 client.jobs.fail(started.job, started.number, failure)
+                if place.rank:
+                    os._exit(1)
         except (StaleAttempt, JobFinished):
             return  # somebody else has the job, or nobody wants it any more
         except TpvError as error:
@@ -157,6 +171,8 @@ def failure_of(error: Exception) -> FailureReport:
             reason = "unavailable"
         case ConnectionFailed():
             reason = "unavailable"
+        case Separated():
+            reason = "killed"
         case ProblemError() if error.status >= 500 and not isinstance(error, DamagedContent):
             reason = "unavailable"  # for longer than is waited for: the service, or the store or database behind it
         case OSError() if error.errno in DISK_ERRORS:  # this machine's disk, for caches
@@ -181,20 +197,21 @@ class Attempt:
     settings: Settings
     events: Events
     stopping: threading.Event  #: set when the worker wants the attempt to end after a step
+    place: Place  #: of this process among those of the attempt
 
     @property
     def spec(self) -> JobSpec:
         return self.started.spec
 
-    def run(self, model: LoadedModel) -> ResultReport:
-        """The result, verified, and everything it is made of staged."""
+    def run(self, model: LoadedModel) -> ResultReport | None:
+        """The result, verified, and everything it is made of staged; the first process has it."""
         backbone, facts = model.get()
         check_facts(self.spec.base_model, expected=self.spec.base_model_facts, found=facts)
         # What P_init is drawn from, and weights that are trained themselves, are not rounded.
         exact = self.spec.method in ("initialize", "full")
         backbone.place(self.settings.device, "float32" if exact else self.spec.options.get("precision", "auto"))
         if self.spec.method == "initialize":
-            return self.initialize(backbone, facts)
+            return None if self.place.rank else self.initialize(backbone, facts)
         return self.tune(backbone, facts)
 
     def initialize(self, backbone: Backbone, facts: BaseModelFacts) -> ResultReport:
@@ -204,7 +221,7 @@ class Attempt:
         digest, _ = self.stage_and_load({"prompt": drawn})
         return ResultReport(prompt=digest, base_model_facts=facts, provenance=self.provenance())
 
-    def tune(self, backbone: Backbone, facts: BaseModelFacts) -> ResultReport:
+    def tune(self, backbone: Backbone, facts: BaseModelFacts) -> ResultReport | None:
         spec = self.spec
         options = cast("TrainingOptions", options_of(spec.method, spec.options))
         assert spec.dataset is not None
@@ -233,20 +250,22 @@ class Attempt:
             if (rows := dataset.splits.get(split))
         ]
 
-        checkpoints = StoredCheckpoints(
-            self.client, self.started, self.events, self.settings.checkpoint_every, self.stopping
-        )
+        checkpoints = Checkpoints() if self.place.rank else self.stored_checkpoints()
         self.events.phase("tuning")
-        result = train(
-            backbone,
-            method,
-            tasks,
-            of_sources,
-            options=options,
-            seed=spec.seed,
-            report=self.report_training,
-            checkpoints=checkpoints,
-        )
+        with parallel.together(self.place, self.settings.device):
+            checkpoints.found = parallel.of_first(checkpoints.found)
+            result = train(
+                backbone,
+                method,
+                tasks,
+                of_sources,
+                options=options,
+                seed=spec.seed,
+                report=self.report_training,
+                checkpoints=checkpoints,
+            )
+        if self.place.rank:
+            return None
 
         self.events.phase("verifying")
         prompt, stored = self.store(method, result, given)
@@ -263,6 +282,9 @@ class Attempt:
             provenance=self.provenance() | self.provenance_of(result, method),
             base_model_facts=facts,
         )
+
+    def stored_checkpoints(self) -> StoredCheckpoints:
+        return StoredCheckpoints(self.client, self.started, self.events, self.settings.checkpoint_every, self.stopping)
 
     def store(self, method: TuningMethod, result: TrainingResult, given: Given) -> tuple[Prompt, dict[str, str]]:
         """Stages the result, and gives the prompt that it is when read back, with the digests to report."""
@@ -380,6 +402,7 @@ class Attempt:
                 "numpy": np.__version__,
             },
             "device": self.settings.device,
+            "processes": self.place.size,
             "threads": torch.get_num_threads(),
             "worker": self.settings.name,
         }

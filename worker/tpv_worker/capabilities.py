@@ -22,7 +22,7 @@ def capabilities(settings: Settings) -> WorkerReport:
         memory=min(filter(None, (_memory(settings.device), settings.memory_limit)), default=None),
         dtypes=_dtypes(settings.device),
         models=_models(settings.model_directories),
-        concurrency=settings.concurrency or len(devices(settings.device)),
+        concurrency=settings.concurrency or len(slots(settings.device, settings.processes)),
         queues=settings.queues,
         versions={
             "tpv-registry": tpv.__version__,
@@ -39,6 +39,16 @@ def devices(device: str) -> list[str]:
     if not torch.cuda.device_count():
         raise RuntimeError("there is no GPU here that this process may use")
     return [f"cuda:{place}" for place in range(torch.cuda.device_count())]
+
+
+def slots(device: str, processes: int) -> list[tuple[str, ...]]:
+    """The devices of each attempt, one for each of its processes; on a CPU they have the same one."""
+    each = devices(device) * (processes if device == "cpu" else 1)
+    if len(each) % processes:
+        raise RuntimeError(
+            f"{processes} processes of an attempt need {processes} GPUs, or a multiple; {device!r} is {', '.join(each)}"
+        )
+    return [tuple(each[i : i + processes]) for i in range(0, len(each), processes)]
 
 
 def _memory(device: str) -> int | None:

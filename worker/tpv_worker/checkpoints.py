@@ -68,7 +68,7 @@ class Checkpoints:
     def due(self) -> bool:
         """Whether a state is to be kept after this step; asked after every one.
 
-        Processes that train together need the same answer: they look at their losses together first.
+        Of processes that train together the first one's answer counts: they look at their losses together first.
         """
         return False
 

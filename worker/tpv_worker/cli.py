@@ -30,6 +30,9 @@ def worker(
     device: Annotated[
         str | None, typer.Option(help="What to train on: cpu (the default), cuda:1, or cuda for every visible GPU.")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="GPUs, with --device cuda, that train one attempt together; by default 1.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="How this worker is shown; by default host:pid.")] = None,
     grace: Annotated[
         float | None, typer.Option(min=0, help="Seconds that running attempts have to end when the worker is stopped.")
@@ -55,6 +58,7 @@ def worker(
         "queues": queues,
         "concurrency": concurrency,
         "device": device,
+        "processes": processes,
         "name": name,
         "grace": grace,
         "memory_limit": memory_limit,

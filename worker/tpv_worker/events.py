@@ -100,3 +100,19 @@ class Events:
                 os._exit(0)  # the work is for nobody any more; a result would be refused
             except Exception:
                 traceback.print_exc()
+
+
+class Untold(Events):
+    """Of a process beside the first one of an attempt, which tells what happens to all of them."""
+
+    def __init__(self) -> None:
+        pass
+
+    def add(self, type: str, **data: Any) -> None:  # noqa: A002 # the wire's name
+        pass
+
+    def listen(self) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass

@@ -7,17 +7,68 @@ are the same everywhere, because every process adds up the same numbers. A proce
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
+from tpv.errors import TpvError
 from tpv_worker.data import Example
+
+PATIENCE = timedelta(days=1)  #: to wait for another process; the service ends an attempt that is silent for too long
+
+
+class Separated(TpvError):
+    """What another process was to send has not come, most likely because it has ended."""
+
+
+class Place(NamedTuple):
+    """Where a process stands among those of one attempt."""
+
+    rank: int = 0
+    size: int = 1
+    meeting: str = ""  #: path of a file, not there yet, by which they find each other
+
+
+ALONE = Place()
+
+
+@contextmanager
+def together(place: Place, device: str) -> Iterator[None]:
+    """Within it the processes of an attempt train together; raises Separated when they do not meet."""
+    if place.size == 1:
+        yield
+        return
+    for backend in ("GLOO", "NCCL"):  # all of them are on this machine: nobody else needs to reach them
+        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    with _others():
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+            init_method=f"file://{place.meeting}",
+            rank=place.rank,
+            world_size=place.size,
+            timeout=PATIENCE,
+        )
+    yield
+    distributed.destroy_process_group()  # not after an error: this process ends, and the others with it
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # the backends raise nothing narrower
+        raise Separated(f"the processes of this attempt have lost each other: {error}") from error
 
 
 def place() -> tuple[int, int]:
-    """This process's place among those that train together, and their number."""
+    """This process's place among those that train together now, and their number."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
@@ -50,7 +101,8 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
 def summed(values: Tensor) -> Tensor:
     """The sum over all processes, in place."""
     if place()[1] > 1:
-        distributed.all_reduce(values)
+        with _others():
+            distributed.all_reduce(values)
     return values
 
 
@@ -60,5 +112,26 @@ def gathered(value: Any) -> list[Any]:
     if size == 1:
         return [value]
     values = [None] * size
-    distributed.all_gather_object(values, value)
+    with _others():
+        distributed.all_gather_object(values, value)
     return values
+
+
+def of_first(value: Any) -> Any:
+    """What the first process has."""
+    if place()[1] == 1:
+        return value
+    values = [value]
+    with _others():
+        distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def first_says(yes: bool) -> bool:
+    """Whether the first process says so. It travels between the hosts' memories: no device is waited for."""
+    if place()[1] == 1:
+        return yes
+    said = torch.tensor([yes], dtype=torch.uint8)
+    with _others():
+        distributed.broadcast(said, 0)
+    return bool(said.item())

@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     queues: Annotated[list[str] | None, NoDecode, _split(",")] = None  #: none: every queue
     concurrency: int | None = Field(None, ge=1)  #: attempts at a time; none: one for each device
     device: str = "cpu"  #: cuda:0, say; cuda: every GPU that is visible
+    processes: int = Field(1, ge=1)  #: that train one attempt together, each on a device of its own
     checkpoint_every: timedelta = timedelta(minutes=1)  #: what a lost attempt costs at most, and one step
     memory_limit: ByteSize | None = Field(None, ge=1)  #: of one attempt, on its device; none: all there is
     threads: int | None = Field(None, ge=1)  #: of torch in one attempt; none: as many as torch thinks right

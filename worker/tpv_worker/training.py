@@ -223,7 +223,7 @@ def train(
         if last or run.misses == options.patience:
             break
 
-        if checkpoints.due():
+        if parallel.first_says(checkpoints.due()):
             if recent:
                 look()  # what is kept has no NaN behind it; what is reported, and when, stays as it is
             run.wall_seconds, run.cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu_clock

@@ -83,7 +83,7 @@ async def run_worker(settings: Settings) -> None:
         described = asyncio.create_task(_warm_up(processes, settings))
         if await _stopped_before(stop, asyncio.wait([described])):
             return
-        slots = Slots(described.result().devices, settings.concurrency)
+        slots = Slots(described.result().slots, settings.concurrency)
         report = described.result().report
         if await _stopped_before(stop, _report(client, report)):
             return
@@ -103,21 +103,21 @@ async def run_worker(settings: Settings) -> None:
 
 
 class Slots:
-    """Which device an attempt gets: the one with the fewest, the first one on ties."""
+    """Which devices an attempt gets, one for each of its processes: those with the fewest, the first ones on ties."""
 
-    def __init__(self, devices: Sequence[str], concurrency: int | None) -> None:
-        """One attempt at a time for each of the devices, unless the concurrency says another number for all."""
+    def __init__(self, devices: Sequence[tuple[str, ...]], concurrency: int | None) -> None:
+        """One attempt at a time for each of the entries, unless the concurrency says another number for all."""
         self.devices, self.count = devices, concurrency or len(devices)
-        self._used = Counter[str]()
+        self._used = Counter[tuple[str, ...]]()
 
     @contextmanager
-    def take(self) -> Iterator[str]:
-        device = min(self.devices, key=lambda device: self._used[device])
-        self._used[device] += 1
+    def take(self) -> Iterator[tuple[str, ...]]:
+        devices = min(self.devices, key=lambda devices: self._used[devices])
+        self._used[devices] += 1
         try:
-            yield device
+            yield devices
         finally:
-            self._used[device] -= 1
+            self._used[devices] -= 1
 
 
 async def _report_for_ever(client: AsyncClient, report: WorkerReport, stop: Stop) -> None:
@@ -192,8 +192,8 @@ def create_app(settings: Settings, client: AsyncClient, hosts: Hosts, slots: Slo
             log.error("the service does not take this worker's token; the worker stops", job=job, error=str(error))
             stop.because_of(error)
             raise
-        with slots.take() as device:
-            attempt = hosts.start(started, device)
+        with slots.take() as devices:
+            attempt = hosts.start(started, devices)
             try:
                 status = await _status_of(attempt, app, context.job.worker_id, stop)
             except asyncio.CancelledError:  # the job was cancelled, or the grace time is over
@@ -254,7 +254,7 @@ async def _fail(client: AsyncClient, started: AttemptStarted, failure: FailureRe
 
 class Described(NamedTuple):
     report: WorkerReport
-    devices: Sequence[str]  #: such as cuda:0; at least one
+    slots: Sequence[tuple[str, ...]]  #: devices such as cuda:0, of one attempt each; at least one
 
 
 async def _warm_up(processes: ForkServerContext, settings: Settings) -> Described:
@@ -276,9 +276,9 @@ async def _warm_up(processes: ForkServerContext, settings: Settings) -> Describe
 
 
 def _describe(settings: Settings, connection: Connection) -> None:
-    from tpv_worker.capabilities import capabilities, devices  # preloaded where this runs
+    from tpv_worker.capabilities import capabilities, slots  # preloaded where this runs
 
-    connection.send((capabilities(settings), devices(settings.device)))
+    connection.send((capabilities(settings), slots(settings.device, settings.processes)))
 
 
 async def _stopped_before(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:

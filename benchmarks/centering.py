@@ -41,7 +41,15 @@ from tpv_worker.backbone import Backbone
 from tpv_worker.data import Row, Task
 from tpv_worker.evaluation import evaluate
 from tpv_worker.lab import MODEL_DIRECTORY, world
-from tpv_worker.lab.run import NUM_VIRTUAL_TOKENS, SOURCE_STEPS, TARGET_STEPS, TEST_ROWS, TRAIN_ROWS, TUNING
+from tpv_worker.lab.run import (
+    NUM_VIRTUAL_TOKENS,
+    SOURCE_RATE,
+    SOURCE_STEPS,
+    TARGET_STEPS,
+    TEST_ROWS,
+    TRAIN_ROWS,
+    TUNING,
+)
 from tpv_worker.methods import Dtvg, Given, PromptTuning
 from tpv_worker.training import train
 
@@ -81,11 +89,9 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         started = time.process_time()
-        T_s = torch.stack([self.tune(task, TRAIN_ROWS, self.source_steps) for task in world.SOURCES])
+        T_s = torch.stack([self.tune_source(task) for task in world.SOURCES])
         pooled = pool(T_s)  # (n, d)
-        reference = pool(
-            torch.stack([self.tune(task, TRAIN_ROWS, self.source_steps) for task in world.REFERENCE])
-        ).mean(0)
+        reference = pool(torch.stack([self.tune_source(task) for task in world.REFERENCE])).mean(0)
         direction = torch.from_numpy(self.random.standard_normal(len(reference))).float()
         centres = {
             "plain": None,
@@ -95,7 +101,7 @@ class Study:
         }
         targets = []
         for target in world.TARGETS:
-            T_t = self.tune(target, self.shots, TARGET_STEPS)
+            T_t = self.tune(target, self.shots, TARGET_STEPS, TUNING["learning_rate"])
             jobs = {name: self.transfer(target, T_t, T_s, centre) for name, centre in centres.items()}
             tuned = {"accuracy": self.accuracy(target, self.P_init + T_t)}
             targets.append({"target": target.name, "jobs": {"prompt-tuning": tuned, **jobs}})
@@ -110,9 +116,12 @@ class Study:
         print(f"seed {self.seed}: {result['cpu_seconds']:.0f} CPU s", flush=True)
         return result
 
-    def tune(self, task: world.Task, rows: int, steps: int) -> Tensor:
+    def tune_source(self, task: world.Task) -> Tensor:
+        return self.tune(task, TRAIN_ROWS, self.source_steps, SOURCE_RATE)
+
+    def tune(self, task: world.Task, rows: int, steps: int, rate: float) -> Tensor:
         """A task's own vector."""
-        options = PromptTuningOptions(**{**TUNING, "steps": steps, "evaluate_every": steps})
+        options = PromptTuningOptions(**TUNING | {"steps": steps, "evaluate_every": steps, "learning_rate": rate})
         given = Given(backbone=self.backbone, initialization=self.P_init)
         result = train(
             self.backbone, PromptTuning(options, given), [self.task(task, rows)], options=options, seed=self.seed

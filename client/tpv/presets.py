@@ -6,7 +6,8 @@ that the authors have published (zpy2477/DTVG and kinit-sk/task-prompt-vectors o
 the option's default, and so are the lengths of targets, which belong to the data.
 
 Both papers give soft prompts 100 rows, drawn from the first 5000 words (C.8; A and released): the defaults of
-`tpv.methods.InitializeOptions`.
+`tpv.methods.InitializeOptions`. With the TPV paper's T5 these are 50 that PEFT doubles (A), and of the 100 the forward
+pass of PEFT (0.21 at least) reads the first 50: who wants what its figures were made with draws 50 rows.
 """
 
 from __future__ import annotations

@@ -323,7 +323,7 @@ def test_processes_that_train_together_are_one_attempt(faults: Faults) -> None:
             ("second", ["killed"]),
             ("stop", ["drained"]),
         ):
-            job = faults.submit(f"together-{name}", queue="together")
+            job = faults.submit(f"together-{name}", queue="together", steps=STEPS // 2)
             if reasons:
                 eventually(lambda: checkpoints_of(job, 1))  # noqa: B023 # it is asked here and now
                 first, second = sorted(worker.attempts(), key=lambda process: process.create_time())

@@ -138,6 +138,7 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel,
                 if isinstance(error, Separated):  # the one that has failed says why, and the host ends the others
                     time.sleep(PARTING)
                 elif place.rank:
+                    traceback.print_exc()  # its events are not told
                     time.sleep(FIRST)
                 failure = failure_of(error)
                 if failure.reason == "crashed":
@@ -149,8 +150,9 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel,
                 client.jobs.fail(started.job, started.number, failure)
                 if place.rank:
                     os._exit(1)
-        except (StaleAttempt, JobFinished):
-            return  # somebody else has the job, or nobody wants it any more
+        except (StaleAttempt, JobFinished):  # somebody else has the job, or nobody wants it any more
+            if place.rank:  # its work is not done: the first one, which may wait for it, is to end too
+                os._exit(1)
         except TpvError as error:
             if failure_of(error).reason != "unavailable":  # the report itself is wrong
                 raise

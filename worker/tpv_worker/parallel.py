@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from tpv.errors import TpvError
+from tpv_worker import memory
 from tpv_worker.data import Example
 
 PATIENCE = timedelta(days=1)  #: to wait for another process; the service ends an attempt that is silent for too long
@@ -56,6 +57,7 @@ def together(place: Place, device: str) -> Iterator[None]:
             timeout=PATIENCE,
         )
     yield
+    gathered(None)  # nobody leaves while another one still adds up
     distributed.destroy_process_group()  # not after an error: this process ends, and the others with it
 
 
@@ -64,6 +66,8 @@ def _others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # the backends raise nothing narrower
+        if memory.has_run_out(error) or isinstance(error, torch.AcceleratorError):
+            raise
         raise Separated(f"the processes of this attempt have lost each other: {error}") from error
 
 
@@ -88,8 +92,13 @@ def shares(batch: Sequence[Example], accumulation: int) -> list[tuple[Sequence[E
 
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
-    """Adds up the parameters' gradients over all processes; who has none has none anywhere."""
+    """Adds up the parameters' gradients over all processes; one that no process has stays None."""
     if place()[1] > 1:
+        # A part of the model may be for some rows only, as the experts of a sparse one are.
+        having = summed(torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32))
+        for parameter, count in zip(parameters, having.tolist(), strict=True):
+            if count and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if gradients:
             sums = summed(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -128,7 +137,7 @@ def of_first(value: Any) -> Any:
 
 
 def first_says(yes: bool) -> bool:
-    """Whether the first process says so. It travels between the hosts' memories: no device is waited for."""
+    """Whether the first process says so. It travels through the CPUs' memory: no device is waited for."""
     if place()[1] == 1:
         return yes
     said = torch.tensor([yes], dtype=torch.uint8)

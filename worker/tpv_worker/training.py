@@ -182,7 +182,7 @@ def train(
             except Exception as error:
                 if not memory.has_run_out(error):
                     raise
-                if run.accumulation >= len(batch):
+                if run.accumulation * parallel.place()[1] >= len(batch):
                     raise OutOfMemory(step, max(len(row.source) + len(row.target) for row in batch)) from error
             if loss is None:  # what the failed try held is free only now that its error is gone
                 optimizer.zero_grad(set_to_none=True)

@@ -18,10 +18,11 @@ from tpv.errors import (
     Unavailable,
     from_problem,
 )
-from tpv_worker.attempt import Figure, Judged, VerificationFailed, check_figures, failure_of, metrics_of
+from tpv_worker.attempt import failure_of
 from tpv_worker.data import Row
-from tpv_worker.errors import DataError
+from tpv_worker.errors import DataError, VerificationFailed
 from tpv_worker.evaluation import Evaluation
+from tpv_worker.figures import Figure, Judged, check_figures, metrics_of
 from tpv_worker.methods import Snapshot
 from tpv_worker.training import TrainingResult
 

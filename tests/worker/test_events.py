@@ -18,7 +18,8 @@ from tpv import Client
 from tpv.errors import ProblemError, Unavailable
 from tpv.schemas.initializations import BaseModelReference
 from tpv.schemas.jobs import AttemptStarted, JobSpec
-from tpv_worker.attempt import LoadedModel, run_attempt
+from tpv_worker.attempt import run_attempt
+from tpv_worker.base_model import LoadedModel
 from tpv_worker.errors import DataError
 from tpv_worker.events import Events
 from tpv_worker.settings import Settings

@@ -11,16 +11,12 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import parent_process
-from pathlib import Path
-from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers.utils.hub import cached_file
-from transformers.utils.logging import disable_progress_bar
 
 import tpv
 from tpv import Client, Retries, files
@@ -36,7 +32,7 @@ from tpv.errors import (
 )
 from tpv.methods import METHODS as DECLARED
 from tpv.methods import InitializeOptions, TrainingOptions, options_of
-from tpv.schemas.initializations import BaseModelFacts, BaseModelReference
+from tpv.schemas.initializations import BaseModelFacts
 from tpv.schemas.jobs import (
     AttemptStarted,
     EvaluationReport,
@@ -48,66 +44,26 @@ from tpv.schemas.jobs import (
     ResultReport,
 )
 from tpv.vectors import Float32
-from tpv_worker import initialization, lab, memory, parallel
-from tpv_worker.backbone import Backbone, Prompt, model_digest
+from tpv_worker import initialization, memory, parallel
+from tpv_worker.backbone import Backbone, Prompt
+from tpv_worker.base_model import LoadedModel, check_facts
 from tpv_worker.checkpoints import Checkpoints, Drained, StoredCheckpoints
-from tpv_worker.data import Dataset, Example, Row, Task, few_shot, read_rows
-from tpv_worker.errors import DISK_ERRORS, JobError, ModelError
-from tpv_worker.evaluation import Evaluation, evaluate, majority
+from tpv_worker.data import Dataset, Task, few_shot, read_rows
+from tpv_worker.errors import DISK_ERRORS, JobError, VerificationFailed
+from tpv_worker.evaluation import evaluate, majority
 from tpv_worker.events import Events, Untold
+from tpv_worker.figures import Figure, Judged, check_figures, metrics_of
 from tpv_worker.methods import METHODS, Given, TuningMethod
 from tpv_worker.parallel import ALONE, Place, Separated
 from tpv_worker.settings import Settings
 from tpv_worker.training import TrainingResult, train
 from tpv_worker.worker import TRY_AGAIN
 
-TOLERANCE = 0.01  #: share of rows that rounding may turn
-
-
-class VerificationFailed(JobError):
-    """The stored result does not do what the training process saw."""
-
-    reason = "verification"
-
-
-PARTING = 30.0  #: seconds to be ended in, when the processes of an attempt have lost each other
-FIRST = 5.0  #: seconds that the first process has to tell the same failure, with what came before it
+PARTING = 30.0  #: seconds that a process waits to be ended, with the one that has more to tell of the failure
 PATIENT = Retries(times=60, longest=10.0)  #: about ten minutes: hours of training are worth the wait for a store
 
 
 THREADS = torch.get_num_threads()  #: what torch thinks right here
-
-
-class LoadedModel:
-    """The base model in a process that attempts are forked from: on the CPU, and in the threads of nobody.
-
-    What goes wrong with it is raised in the attempt that asks for it.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
-        disable_progress_bar()  # type: ignore[no-untyped-call] # it has a thread too
-        self.settings = settings
-        self._files: object = None
-        self._loaded: tuple[Backbone, BaseModelFacts] | Exception
-
-    def load(self, model: BaseModelReference) -> None:
-        """Loads it, unless it is there already and its files have not changed."""
-        try:
-            where = locate_model(model, self.settings.model_directories)
-            files = files_of(where, model.revision)
-            if files is None or files != self._files:
-                self._files = None
-                backbone = Backbone.load(where, revision=model.revision)
-                self._loaded = backbone, facts_of(backbone, where, model.revision)
-                self._files = files
-        except Exception as error:
-            self._loaded, self._files = error, None
-
-    def get(self) -> tuple[Backbone, BaseModelFacts]:
-        if isinstance(self._loaded, Exception):
-            raise self._loaded
-        return self._loaded
 
 
 def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel, place: Place = ALONE) -> None:
@@ -135,11 +91,11 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel,
             except (StaleAttempt, JobFinished, ConnectionFailed):
                 raise
             except Exception as error:
-                if isinstance(error, Separated):  # the one that has failed says why, and the host ends the others
-                    time.sleep(PARTING)
-                elif place.rank:
+                if place.rank:
                     traceback.print_exc()  # its events are not told
-                    time.sleep(FIRST)
+                if place.rank or isinstance(error, Separated):
+                    # The first one tells what came before a failure of all, the one that has failed alone tells why.
+                    time.sleep(PARTING)
                 failure = failure_of(error)
                 if failure.reason == "crashed":
                     events.log("".join(traceback.format_exception(error)[-5:]))
@@ -207,13 +163,15 @@ class Attempt:
 
     def run(self, model: LoadedModel) -> ResultReport | None:
         """The result, verified, and everything it is made of staged; the first process has it."""
+        if self.place.rank and self.spec.method == "initialize":  # no other device is needed
+            return None
         backbone, facts = model.get()
         check_facts(self.spec.base_model, expected=self.spec.base_model_facts, found=facts)
         # What P_init is drawn from, and weights that are trained themselves, are not rounded.
         exact = self.spec.method in ("initialize", "full")
         backbone.place(self.settings.device, "float32" if exact else self.spec.options.get("precision", "auto"))
         if self.spec.method == "initialize":
-            return None if self.place.rank else self.initialize(backbone, facts)
+            return self.initialize(backbone, facts)
         return self.tune(backbone, facts)
 
     def initialize(self, backbone: Backbone, facts: BaseModelFacts) -> ResultReport:
@@ -430,118 +388,6 @@ class Attempt:
 
     def names(self, members: Sequence[int]) -> list[str]:
         return [self.spec.sources[i].reference for i in members]
-
-
-# --- The base model --------------------------------------------------------------------------------------------------
-
-
-def locate_model(model: BaseModelReference, allowed: Sequence[Path]) -> str:
-    """The lab's own model, a directory that the operator allows, or a hub id; else raises ModelError."""
-    if model.id == lab.BASE_MODEL:
-        return str(lab.MODEL_DIRECTORY)
-    path = Path(model.id)
-    if not path.is_absolute():
-        if path.exists():
-            raise ModelError(
-                f"{model.id!r} is read as a hub id, but the worker finds a file of that name where it runs"
-            )
-        return model.id
-    resolved = path.resolve()
-    if not any(resolved.is_relative_to(directory.resolve()) for directory in allowed):
-        raise ModelError(
-            f"the worker may not read {model.id}: its operator allows "
-            f"{', '.join(map(str, allowed)) or 'no directories'} (TPV_MODEL_DIRECTORIES)"
-        )
-    return str(resolved)
-
-
-def files_of(where: str, revision: str | None) -> object:
-    """What tells whether a model is still what it was; None when nothing does: a branch of the hub may move."""
-    if Path(where).is_dir():
-        return sorted((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in Path(where).iterdir())
-    return revision if revision and len(revision) == 40 else None
-
-
-def facts_of(backbone: Backbone, where: str, revision: str | None) -> BaseModelFacts:
-    """What is read off a loaded model; of a hub model the files are where the download has put them."""
-    config = cached_file(where, "config.json", revision=revision)
-    return BaseModelFacts(
-        digest=model_digest(Path(str(config)).parent),
-        embedding_digest=backbone.embedding_digest(),
-        architecture=type(backbone.model).__name__,
-        token_dim=backbone.token_dim,
-    )
-
-
-def check_facts(model: BaseModelReference, *, expected: BaseModelFacts | None, found: BaseModelFacts) -> None:
-    """Raises ModelError when the model is not the one that the initialization belongs to."""
-    known = expected.model_dump(exclude_none=True) if expected else {}
-    if different := sorted(name for name, value in known.items() if getattr(found, name) != value):
-        raise ModelError(
-            f"{model.id} is not the model that the initialization was made for: it differs in "
-            + ", ".join(f"{name} ({getattr(found, name)}, not {known[name]})" for name in different)
-        )
-
-
-# --- Figures ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """Rows that the result is judged by: a split of a data set that was trained on."""
-
-    dataset: str
-    split: str
-    rows: Sequence[Row]
-    examples: Sequence[Example]
-    label_words: tuple[str, ...] | None
-    majority: float  #: accuracy of the training rows' most frequent target
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What the result reaches on such rows."""
-
-    of: Judged
-    found: Evaluation
-
-    def right(self, first: int | None) -> float:
-        """The share of the first rows, or of all, that is answered right."""
-        pairs = list(zip(self.found.predictions, self.of.rows, strict=True))[:first]
-        return fmean(prediction == row.target.strip() for prediction, row in pairs)
-
-
-def check_figures(trained: float, figures: Sequence[Figure], first: int | None) -> None:
-    """Raises VerificationFailed when the stored result is not as good as the training process found it.
-
-    Compared are the means over the tasks, on the `first` validation rows of each. The stored bytes are the trained
-    ones; what may differ is the rounding of P_init + T, and on a GPU the order of sums. Either may turn a row that is
-    a tie between two labels, so a hundredth of a task's rows, at least one, may differ.
-    """
-    read = [figure for figure in figures if figure.of.split == "validation"]
-    value = fmean(figure.right(first) for figure in read)
-    sizes = [len(figure.of.rows[:first]) for figure in read]
-    if abs(value - trained) > fmean(max(1 / size, TOLERANCE) for size in sizes) + 1e-6:
-        raise VerificationFailed(
-            f"read back from the registry, the result answers {value:.2%} of {sum(sizes)} validation rows right; the "
-            f"training process found {trained:.2%}"
-        )
-
-
-def metrics_of(result: TrainingResult, figures: Sequence[Figure], first: str) -> dict[str, float]:
-    """The job's metrics; figures of data sets beside the first one carry its name."""
-    metrics: dict[str, float] = {
-        "target_steps": result.steps,
-        "best_step": result.best_step,
-        **({} if result.loss is None else {"loss": result.loss}),
-        "wall_seconds": result.wall_seconds,
-        "cpu_seconds": result.cpu_seconds,
-    }
-    for figure in figures:
-        of = figure.of
-        name = of.split if of.dataset == first else f"{of.dataset}/{of.split}"
-        metrics |= {f"{name}/{figure.found.metric}": figure.found.value, f"{name}/majority": of.majority}
-    return metrics
 
 
 def summary(values: Tensor) -> dict[str, float]:

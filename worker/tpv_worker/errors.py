@@ -64,3 +64,9 @@ class OutOfMemory(JobError):
             "lower max_source_tokens, or ask for a worker with more memory (min_memory)"
         )
         self.step, self.tokens = step, tokens
+
+
+class VerificationFailed(JobError):
+    """The stored result does not do what the training process saw."""
+
+    reason = "verification"

@@ -75,7 +75,8 @@ class Hosts:
 
     def __init__(self, processes: ForkServerContext, settings: Settings) -> None:
         self.processes, self.settings = processes, settings
-        self._directory = TemporaryDirectory(prefix="tpv-worker-")  # where the processes of an attempt meet
+        # Where the processes of an attempt meet; they may end after it has gone.
+        self._directory = TemporaryDirectory(prefix="tpv-worker-", ignore_cleanup_errors=True)
         self._hosts: dict[tuple[str, str | None], Host] = {}  # by id and revision of the model
 
     def start(self, started: AttemptStarted, devices: Sequence[str]) -> Running:
@@ -181,7 +182,8 @@ class Team:
 
 def _serve(settings: Settings, connection: Connection, directory: Path) -> None:
     """Forks an attempt for each message, and tells how it ends; until the worker closes the pipe."""
-    from tpv_worker.attempt import LoadedModel, run_attempt  # preloaded where this runs
+    from tpv_worker.attempt import run_attempt  # preloaded where this runs, as what follows
+    from tpv_worker.base_model import LoadedModel
     from tpv_worker.parallel import Place
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to a whole group of processes, both are for the worker
@@ -196,6 +198,7 @@ def _serve(settings: Settings, connection: Connection, directory: Path) -> None:
         run_attempt(settings.model_copy(update={"device": device}), started, model, place)
 
     def fork(team: Team, started: AttemptStarted, devices: Sequence[str]) -> None:
+        directory.mkdir(mode=0o700, exist_ok=True)  # who clears old files away may have taken it for one
         for rank, device in enumerate(devices):
             place = Place(rank, len(devices), str(team.meeting))
             process = forks.Process(target=attempt, args=(started, device, place), daemon=True)

@@ -44,7 +44,7 @@ def held() -> Iterator[tuple[str, threading.Event]]:
 def start(hosts: Hosts, *, processes: int = 1) -> Running:
     """An attempt with a model that its worker may not read: it fails at once, and tells so."""
     model = BaseModelReference.model_construct(id="/not/allowed", revision=None)
-    spec = JobSpec.model_construct(method="initialize", options={}, output=None, base_model=model)
+    spec = JobSpec.model_construct(method="prompt-tuning", options={}, output=None, base_model=model)
     return hosts.start(
         AttemptStarted.model_construct(job=uuid4(), number=1, spec=spec, checkpoints=[]), ["cpu"] * processes
     )

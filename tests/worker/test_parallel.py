@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from tpv.methods import DtvgOptions, MptOptions, TrainingOptions
 from tpv_worker.backbone import Backbone
 from tpv_worker.data import Row, Task
 from tpv_worker.evaluation import evaluate
 from tpv_worker.methods import Dtvg, Given, Mpt
+from tpv_worker.parallel import Place, sum_gradients, together
 from tpv_worker.training import TrainingResult, train
 
 # A large epsilon: else Adam would make rounding errors in tiny gradients as large as the learning rate.
@@ -90,6 +93,31 @@ def test_two_processes_train_what_one_would(model_paths: dict[str, Path], tmp_pa
             assert together[name] == second[name] == pytest.approx(value, abs=1e-6)
         else:
             assert together[name] == second[name] == value
+
+
+def some_gradients(rank: int, meeting: Path, found: Connection) -> None:
+    """The first parameter has one in both processes, the second and third in one each, the last in none."""
+    with together(Place(rank, 2, str(meeting)), "cpu"):
+        parameters = [nn.Parameter(torch.zeros(2)) for _ in range(4)]
+        for i in (0, 1 + rank):
+            parameters[i].grad = torch.full((2,), 10.0**i)
+        sum_gradients(parameters)
+    found.send([None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters])
+
+
+def test_gradients_that_some_processes_lack_are_added_to_nothing_else(tmp_path: Path) -> None:
+    forks = multiprocessing.get_context("fork")
+    pipes = [forks.Pipe(duplex=False) for _ in range(2)]
+    processes = [
+        forks.Process(target=some_gradients, args=(rank, tmp_path / "meeting", theirs), daemon=True)
+        for rank, (_, theirs) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [ours.recv() for ours, _ in pipes] == [[[2.0, 2.0], [10.0, 10.0], [100.0, 100.0], None]] * 2
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def worker(
         str | None, typer.Option(help="Queues to take jobs from, separated by commas; none: all.")
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Attempts at a time; by default one for each device.")
+        int | None,
+        typer.Option(min=1, help="Attempts at a time; by default one for each device or group of --processes."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="What to train on: cpu (the default), cuda:1, or cuda for every visible GPU.")

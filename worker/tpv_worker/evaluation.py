@@ -63,7 +63,7 @@ def evaluate(
     # Rows of about equal length together: the answer does not depend on padding, the time does.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].source))
     found: dict[int, str] = {}
-    rank, size = parallel.place()
+    rank, size = parallel.rank_and_size()
     for start in range(rank * options.batch_size, len(order), size * options.batch_size):
         indices = order[start : start + options.batch_size]
         texts = predict([examples[i] for i in indices])

@@ -56,6 +56,7 @@ def together(place: Place, device: str) -> Iterator[None]:
             world_size=place.size,
             timeout=PATIENCE,
         )
+    summed(torch.zeros(1, device=device))  # NCCL takes its memory now, not when training has taken the rest
     yield
     gathered(None)  # nobody leaves while another one still adds up
     distributed.destroy_process_group()  # not after an error: this process ends, and the others with it
@@ -71,7 +72,7 @@ def _others() -> Iterator[None]:
         raise Separated(f"the processes of this attempt have lost each other: {error}") from error
 
 
-def place() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """This process's place among those that train together now, and their number."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -84,7 +85,7 @@ def shares(batch: Sequence[Example], accumulation: int) -> list[tuple[Sequence[E
     Weighted by these shares, the parts' mean losses sum up to that of the whole batch, over all processes. A process
     for which no row is left has one of weight 0, so that it makes the same kind of gradients as the others.
     """
-    rank, size = place()
+    rank, size = rank_and_size()
     parts = [batch[i :: accumulation * size] for i in range(rank, accumulation * size, size)]
     tokens = sum(len(example.target) for example in batch)
     mine = [(part, sum(len(example.target) for example in part) / tokens) for part in parts if part]
@@ -93,7 +94,7 @@ def shares(batch: Sequence[Example], accumulation: int) -> list[tuple[Sequence[E
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """Adds up the parameters' gradients over all processes; one that no process has stays None."""
-    if place()[1] > 1:
+    if rank_and_size()[1] > 1:
         # A part of the model may be for some rows only, as the experts of a sparse one are.
         having = summed(torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32))
         for parameter, count in zip(parameters, having.tolist(), strict=True):
@@ -109,7 +110,7 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
 
 def summed(values: Tensor) -> Tensor:
     """The sum over all processes, in place."""
-    if place()[1] > 1:
+    if rank_and_size()[1] > 1:
         with _others():
             distributed.all_reduce(values)
     return values
@@ -117,7 +118,7 @@ def summed(values: Tensor) -> Tensor:
 
 def gathered(value: Any) -> list[Any]:
     """What each process has, in their order."""
-    size = place()[1]
+    size = rank_and_size()[1]
     if size == 1:
         return [value]
     values = [None] * size
@@ -128,19 +129,9 @@ def gathered(value: Any) -> list[Any]:
 
 def of_first(value: Any) -> Any:
     """What the first process has."""
-    if place()[1] == 1:
+    if rank_and_size()[1] == 1:
         return value
     values = [value]
     with _others():
         distributed.broadcast_object_list(values)
     return values[0]
-
-
-def first_says(yes: bool) -> bool:
-    """Whether the first process says so. It travels through the CPUs' memory: no device is waited for."""
-    if place()[1] == 1:
-        return yes
-    said = torch.tensor([yes], dtype=torch.uint8)
-    with _others():
-        distributed.broadcast(said, 0)
-    return bool(said.item())

@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     data_cache: Path = Field(default_factory=lambda: user_cache_path("tpv", appauthor=False) / "splits")
 
     queues: Annotated[list[str] | None, NoDecode, _split(",")] = None  #: none: every queue
-    concurrency: int | None = Field(None, ge=1)  #: attempts at a time; none: one for each device
+    concurrency: int | None = Field(None, ge=1)  #: attempts at a time; none: one for each device or group of them
     device: str = "cpu"  #: cuda:0, say; cuda: every GPU that is visible
     processes: int = Field(1, ge=1)  #: that train one attempt together, each on a device of its own
     checkpoint_every: timedelta = timedelta(minutes=1)  #: what a lost attempt costs at most, and one step

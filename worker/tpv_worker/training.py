@@ -43,7 +43,7 @@ class TrainingResult:
     groups: list[tuple[int, tuple[int, ...]]]  #: (step, members), changes only
     loss: float | None  #: running mean of the training loss at the last step, nats a token; none without steps
     wall_seconds: float  #: without what was done again after a checkpoint
-    cpu_seconds: float  #: the same, of all threads
+    cpu_seconds: float  #: the same, of all threads and processes
 
 
 class Course(BaseModel):
@@ -134,10 +134,15 @@ def train(
     run, best = Course(accumulation=options.accumulation), None
     if found is not None:
         run, best = load_state(found, method, optimizer)
-        clock, cpu_clock = clock - run.wall_seconds, cpu_clock - run.cpu_seconds
+        clock -= run.wall_seconds
+        if parallel.rank_and_size()[0] == 0:
+            cpu_clock -= run.cpu_seconds
         if run.members is not None:
             report(run.group_event(run.step))
     recent: list[Tensor] = []  # losses since the last look at them, on the device
+
+    def cpu_seconds() -> float:
+        return math.fsum(parallel.gathered(time.process_time() - cpu_clock))
 
     def look() -> None:
         """Takes the recent losses into the running mean; raises TrainingDiverged for the first that is no number."""
@@ -182,7 +187,7 @@ def train(
             except Exception as error:
                 if not memory.has_run_out(error):
                     raise
-                if run.accumulation * parallel.place()[1] >= len(batch):
+                if run.accumulation * parallel.rank_and_size()[1] >= len(batch):
                     raise OutOfMemory(step, max(len(row.source) + len(row.target) for row in batch)) from error
             if loss is None:  # what the failed try held is free only now that its error is gone
                 optimizer.zero_grad(set_to_none=True)
@@ -223,10 +228,10 @@ def train(
         if last or run.misses == options.patience:
             break
 
-        if parallel.first_says(checkpoints.due()):
+        if parallel.of_first(checkpoints.due()):
             if recent:
                 look()  # what is kept has no NaN behind it; what is reported, and when, stays as it is
-            run.wall_seconds, run.cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu_clock
+            run.wall_seconds, run.cpu_seconds = time.perf_counter() - clock, cpu_seconds()
             checkpoints.save(state_of(run, best, method, optimizer))
 
     assert best is not None  # the last step is judged, if not before
@@ -241,7 +246,7 @@ def train(
         groups=run.groups,
         loss=run.running,
         wall_seconds=time.perf_counter() - clock,
-        cpu_seconds=time.process_time() - cpu_clock,
+        cpu_seconds=cpu_seconds(),
     )
 
 

@@ -1,6 +1,7 @@
 """`tpv up` as a real process: starts, stops, is killed, comes back."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -118,6 +119,14 @@ def test_children_that_die_are_started_again(up: Callable[..., Up]) -> None:
     running.wait_for("PostgreSQL ended")
     assert _eventually_ready(running.url)
     assert registered(running.url).fingerprint == made.fingerprint
+
+
+def test_workers_share_the_cores(up: Callable[..., Up]) -> None:
+    running = up(workers=2)
+    while len(workers := [one for one in running.family() if one.cmdline()[-1] == "tpv_worker"]) < 2:
+        time.sleep(0.05)
+    share = str(max(1, (os.cpu_count() or 1) // 2))
+    assert {worker.environ()["OMP_NUM_THREADS"] for worker in workers} == {share}
 
 
 def test_one_line_says_that_the_port_is_taken(up: Callable[..., Up], place: Path) -> None:

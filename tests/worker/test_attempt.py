@@ -18,12 +18,13 @@ from tpv.errors import (
     Unavailable,
     from_problem,
 )
-from tpv_worker.attempt import failure_of
+from tpv_worker.attempt import THREADS, failure_of, threads_of
 from tpv_worker.data import Row
 from tpv_worker.errors import DataError, VerificationFailed
 from tpv_worker.evaluation import Evaluation
 from tpv_worker.figures import Figure, Judged, check_figures, metrics_of
 from tpv_worker.methods import Snapshot
+from tpv_worker.settings import Settings
 from tpv_worker.training import TrainingResult
 
 
@@ -104,3 +105,16 @@ def test_a_failure_is_the_jobs_own_only_where_the_job_can_help_it(error: Excepti
 def test_a_failure_of_the_device_is_said_to_be_one() -> None:
     error = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
     assert failure_of(error).message.startswith("the device failed: CUDA error: unspecified launch failure")
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({}, THREADS),
+        ({"concurrency": 2}, max(1, THREADS // 2)),
+        ({"concurrency": 2, "processes": 2}, max(1, THREADS // 4)),
+        ({"concurrency": 2, "threads": 3}, 3),
+    ],
+)
+def test_attempts_at_a_time_share_the_cores(given: dict[str, int], threads: int) -> None:
+    assert threads_of(Settings(queue_url="postgresql://nowhere", **given)) == threads

@@ -61,9 +61,13 @@ from tpv_worker.worker import TRY_AGAIN
 
 PARTING = 30.0  #: seconds that a process waits to be ended, with the one that has more to tell of the failure
 PATIENT = Retries(times=60, longest=10.0)  #: about ten minutes: hours of training are worth the wait for a store
+THREADS = torch.get_num_threads()  #: what torch thinks right for one process of this machine
 
 
-THREADS = torch.get_num_threads()  #: what torch thinks right here
+def threads_of(settings: Settings) -> int:
+    """Of torch, in an attempt: a share of the cores, for with more threads than cores all wait for each other."""
+    at_a_time = (settings.concurrency or 1) * settings.processes
+    return settings.threads or max(1, THREADS // at_a_time)
 
 
 def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel, place: Place = ALONE) -> None:
@@ -76,7 +80,7 @@ def run_attempt(settings: Settings, started: AttemptStarted, model: LoadedModel,
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_worker, daemon=True).start()
-    torch.set_num_threads(settings.threads or THREADS)
+    torch.set_num_threads(threads_of(settings))
     token = settings.token.get_secret_value() if settings.token else None
     with Client(settings.url, token, retries=PATIENT) as client:
         events = Untold() if place.rank else Events(client, started)

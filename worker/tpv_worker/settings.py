@@ -39,6 +39,6 @@ class Settings(BaseSettings):
     processes: int = Field(1, ge=1)  #: that train one attempt together, each on a device of its own
     checkpoint_every: timedelta = timedelta(minutes=1)  #: what a lost attempt costs at most, and one step
     memory_limit: ByteSize | None = Field(None, ge=1)  #: of one attempt, on its device; none: all there is
-    threads: int | None = Field(None, ge=1)  #: of torch in one attempt; none: as many as torch thinks right
+    threads: int | None = Field(None, ge=1)  #: of torch in one attempt; none: its share of the cores
     name: str = Field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}", max_length=256)
     grace: timedelta = timedelta(seconds=10)  #: that attempts have to end after SIGTERM; training ends after its step

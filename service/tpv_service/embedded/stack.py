@@ -100,6 +100,8 @@ def up(data_dir: Path, *, host: str, port: int, workers: int, model_directories:
         if model_directories:
             worker_settings["MODEL_DIRECTORIES"] = os.pathsep.join(str(path.resolve()) for path in model_directories)
         fleet = [_Child(f"worker-{n}", ["tpv_worker"], worker_settings, group) for n in range(1, workers + 1)]
+        for child in fleet:  # each takes all cores otherwise, and with more threads than cores all wait for each other
+            child.env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
         signals.children = [api, *fleet]
         try:

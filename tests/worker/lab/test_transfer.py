@@ -16,15 +16,23 @@ from tpv_worker.backbone import Backbone
 from tpv_worker.data import Row, Task
 from tpv_worker.evaluation import evaluate
 from tpv_worker.lab import MODEL_DIRECTORY, world
-from tpv_worker.lab.run import NUM_VIRTUAL_TOKENS, SOURCE_STEPS, TUNING
+from tpv_worker.lab.run import NUM_VIRTUAL_TOKENS, SOURCE_RATE, SOURCE_STEPS, TUNING
 from tpv_worker.methods import Given, PromptTuning
 from tpv_worker.training import TrainingResult, train
 
-SOURCES = [
+SOURCES = [  # every skill, and with three of them related and conflicting tasks
     world.task_named(name)
-    for name in ("movie-tense-plus", "hotel-tense-plus", "music-tense-minus", "food-weather-plus", "phone-weather-plus")
-]
-OPTIONS = PromptTuningOptions(**TUNING, steps=SOURCE_STEPS, evaluate_every=SOURCE_STEPS)
+    for name in (
+        "movie-tense-plus", "hotel-tense-plus", "music-tense-minus",
+        "food-weather-plus", "phone-weather-plus",
+        "music-place-plus", "school-place-minus",
+        "school-formality-plus", "sport-number-plus", "school-certainty-plus", "food-time-plus",
+        "travel-sentiment-minus",
+    )
+]  # fmt: skip
+OPTIONS = PromptTuningOptions(
+    **{**TUNING, "learning_rate": SOURCE_RATE}, steps=SOURCE_STEPS, evaluate_every=SOURCE_STEPS
+)
 
 pytestmark = pytest.mark.slow  # sources are tuned
 

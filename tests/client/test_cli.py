@@ -321,7 +321,7 @@ def pool(wire: Any, **excluded: str) -> dict[str, Any]:
     summary = {key: start[key] for key in ("id", "namespace", "name", "fingerprint", "num_virtual_tokens", "token_dim")}
     return {"rule": "newest", "metric": "dot", "initialization": {**summary, "base_model": "m"}, "size": 2,
             "excluded": excluded, "excluded_total": len(excluded), "exact": True, "how": "so",
-            "mixed_initializations": []}  # fmt: skip
+            "mixed_initializations": [], "reference_pool": None}  # fmt: skip
 
 
 def test_a_search_says_what_it_looked_at(run: Run, registry: Any, wire: Any) -> None:
@@ -336,6 +336,9 @@ def test_a_search_says_what_it_looked_at(run: Run, registry: Any, wire: Any) -> 
     assert run("similarity", "search", "rte", "--versions", "alias:best", "--json").json == answer
     assert sent(registry)["candidates"] == {"versions": "alias:best"}
 
+    answer["pool"]["reference_pool"] = {"rule": "the references given", "size": 32}
+    assert "less the mean of 32 (the references given)" in run("similarity", "search", "rte").out
+
 
 def test_a_matrix_has_names_on_both_sides(run: Run, registry: Any, wire: Any) -> None:
     answer = {"references": ["default/a:1", "default/b:1"], "matrix": [[1, 0.5], [0.5, 2]], "metric": "dot",
@@ -344,6 +347,9 @@ def test_a_matrix_has_names_on_both_sides(run: Run, registry: Any, wire: Any) ->
     registry.on("POST /similarity/matrix", answer)
     shown = run("similarity", "matrix", "a", "b").out.splitlines()
     assert [row.split() for row in shown] == [["dot", "a:1", "b:1"], ["a:1", "1", "0.5"], ["b:1", "0.5", "2"]]
+
+    run("similarity", "matrix", "--task-type", "nli", "--initialization", "family")
+    assert sent(registry) == {"filter": {"task_type": "nli", "initialization": "family"}, "metric": "dot"}
 
 
 def test_a_group_shows_every_decision(run: Run, registry: Any, wire: Any) -> None:

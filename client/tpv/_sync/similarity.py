@@ -28,7 +28,7 @@ from tpv.schemas.similarity import (
 from tpv.similarity import Metric
 from tpv.vectors import TaskPromptVector
 
-Candidates = Pool | Filter | Sequence[VectorLike] | None  #: these vectors, or all that pass a filter
+Candidates = Pool | Filter | Iterable[VectorLike] | None  #: these vectors, or all that pass a filter
 QueryLike = VectorLike | TaskPromptVector | Mapping[str, float] | Sequence[tuple[VectorLike, float]]
 
 
@@ -73,19 +73,23 @@ class Similarity:
 
     def matrix(
         self,
-        references: Iterable[VectorLike],
+        references: Candidates = None,
         *,
+        versions: str | None = None,
         metric: Metric | None = None,
         reference_pool: Candidates = None,
         normalize: bool | None = None,
         allow_mixed_initializations: bool | None = None,
+        **conditions: Unpack[Conditions],
     ) -> MatrixAnswer:
-        """All similarities between these vectors: `matrix[i][j]` compares references i and j.
+        """All similarities between these vectors: `matrix[i][j]` compares the answer's references i and j.
 
-        `order` puts similar ones side by side; `normalize` maps the smallest to 0 and the largest to 1.
+        Instead of references, a Filter or conditions say which vectors; these come by name. `order` puts similar ones
+        side by side; `normalize` maps the smallest to 0 and the largest to 1.
         """
+        pool = pool_of(references, versions=versions, conditions=conditions)
         members = _base.given(
-            references=[_paths.reference_of(ref) for ref in references],
+            **(pool.model_dump(exclude_unset=True) if pool else {}),
             metric=metric,
             reference_pool=pool_of(reference_pool),
             normalize=normalize,

@@ -20,7 +20,7 @@ def group(
     ] = None,
     strategy: Annotated[Strategy, typer.Option(help="How the group is chosen.")] = "greedy",
     trade_off: Annotated[
-        float | None, typer.Option(min=0, help="Weight of knowledge consistency, for the strategy exact.")
+        float | None, typer.Option(min=0, help="Weight of knowledge consistency, for the strategy exact and --compare.")
     ] = None,
     max_size: Annotated[int | None, typer.Option(min=0, help="Members at most.")] = None,
     min_similarity: Annotated[float | None, typer.Option(help="Instead of the strategy's own bound.")] = None,

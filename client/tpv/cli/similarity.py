@@ -88,8 +88,16 @@ def search(
 @app.command("matrix")
 def matrix(
     context: typer.Context,
-    references: Annotated[list[str], typer.Argument(help="The vectors to compare.")],
+    references: Annotated[
+        list[str] | None, typer.Argument(help="The vectors to compare; none: all that pass the filters.")
+    ] = None,
     metric: MetricOption = "dot",
+    task: TaskOption = None,
+    task_type: TaskTypeOption = None,
+    namespace: Namespace = None,
+    initialization: Annotated[str | None, typer.Option(help="Only vectors of this initialization.")] = None,
+    tag: TagOption = None,
+    versions: Versions = None,
     normalize: Annotated[bool, typer.Option(help="Map the smallest to 0 and the largest to 1.")] = False,
     allow_mixed_initializations: MixedOption = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.", rich_help_panel="Output")] = False,
@@ -98,8 +106,14 @@ def matrix(
     """Compares vectors, each with each; similar ones are shown side by side."""
     with connect(context) as client:
         answer = client.similarity.matrix(
-            references,
+            references or None,
             metric=metric,
+            task=task,
+            task_type=task_type,
+            namespace=namespace,
+            initialization=initialization,
+            tags=pairs(tag, option="--tag") or None,
+            versions=versions,
             normalize=normalize or None,
             allow_mixed_initializations=allow_mixed_initializations or None,
         )
@@ -134,4 +148,6 @@ def pool_line(pool: PoolEcho) -> str:
     more = f" and {pool.excluded_total - _SHOWN} more" if pool.excluded_total > _SHOWN else ""
     initialization = pool.initialization.name or pool.initialization.fingerprint[:19]
     among = f"among {pool.size} vectors of initialization {initialization} ({pool.rule}; {pool.how})"
+    if pool.reference_pool:
+        among += f", less the mean of {pool.reference_pool.size} ({pool.reference_pool.rule})"
     return f"{among}; left out: {left_out}{more}" if left_out else among

@@ -34,6 +34,13 @@ class Pool(Request):
         return self
 
 
+class ReferencePool(Answer):
+    """The vectors whose mean a centred metric has subtracted."""
+
+    rule: str
+    size: int
+
+
 class PoolEcho(Answer):
     """What a query really looked at."""
 
@@ -48,6 +55,7 @@ class PoolEcho(Answer):
     excluded_total: int
     exact: bool  #: False: an index, or a shortlist, was asked first
     how: str  #: in words
+    reference_pool: ReferencePool | None = None  #: of a centred metric
 
 
 class Term(Request):
@@ -108,8 +116,10 @@ class SearchAnswer(Answer):
     pool: PoolEcho
 
 
-class MatrixRequest(Request):
-    references: list[str] = Field(min_length=1, max_length=MATRIX_LIMIT)
+class MatrixRequest(Pool):
+    """References, or a filter and versions, say which vectors are compared."""
+
+    references: list[str] | None = Field(None, min_length=1, max_length=MATRIX_LIMIT)
     metric: Metric = "dot"
     reference_pool: Pool | None = Field(None, description="As in a search; default: the whole family.")
     allow_mixed_initializations: bool = False
@@ -118,21 +128,26 @@ class MatrixRequest(Request):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         _check_centre(self.metric, self.reference_pool)
-        if self.metric == "cosine-flat" and len(self.references) > FLAT_LIMIT:
-            raise ValueError(
-                f"cosine-flat reads every vector whole: at most {FLAT_LIMIT} references; `cosine` takes {MATRIX_LIMIT}"
-            )
+        if self.references is None and self.filter is None:
+            raise ValueError("say which vectors are compared: references, or a filter")
         return self
+
+    @property
+    def limit(self) -> int:
+        """How many vectors this metric compares at most."""
+        return FLAT_LIMIT if self.metric == "cosine-flat" else MATRIX_LIMIT
 
 
 class MatrixAnswer(Answer):
-    """`matrix[i][j]` compares references i and j."""
+    """`matrix[i][j]` compares references i and j, exactly."""
 
     references: list[str]
     matrix: list[list[float]]
     order: list[int]  #: of rows and columns, so that similar ones are neighbours (average linkage)
     metric: str
     normalized: bool
+    exact: Literal[True] = True
+    reference_pool: ReferencePool | None = None  #: of a centred metric
     initialization: InitializationSummary
     mixed_initializations: list[InitializationSummary] = Field(default_factory=list)
 
@@ -141,7 +156,12 @@ class GroupingRequest(Request):
     target: str | list[str] = Field(description="One vector, or up to 100; several give `items`, one a target.")
     candidates: Pool = Field(default_factory=Pool)
     strategy: Strategy = "greedy"
-    trade_off: float | None = Field(None, ge=0, allow_inf_nan=False, description="Weight of KC; for `exact` alone.")
+    trade_off: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of KC (Eq. 5). Only `exact` chooses by it; with `compare` it weighs in every objective.",
+    )
     max_size: int | None = Field(None, ge=0)
     min_similarity: float | None = Field(None, allow_inf_nan=False)
     allow_same_task: bool = False
@@ -161,7 +181,7 @@ class GroupingRequest(Request):
     def _fits(self) -> Self:
         if isinstance(self.target, list) and not 1 <= len(self.target) <= 100:
             raise ValueError("name 1 to 100 targets")
-        if self.trade_off is not None and self.strategy != "exact":
+        if self.trade_off is not None and self.strategy != "exact" and not self.compare:
             raise ValueError(f"trade_off matters to the strategy exact alone, not to {self.strategy}")
         if self.strategy == "top-k" and self.max_size is None:
             raise ValueError("top-k needs max_size, which is its k")
@@ -189,9 +209,9 @@ class StrategyResult(Answer):
     strategy: str
     size: int
     members: list[str]  #: the first hundred
-    target_similarity: float
-    knowledge_consistency: float
-    objective: float
+    target_similarity: float | None
+    knowledge_consistency: float | None
+    objective: float | None
     refused: str | None = None
 
 
@@ -200,8 +220,11 @@ class GroupingAnswer(Answer):
     members: list[Member]
     target_similarity: float
     knowledge_consistency: float
-    objective: float
+    objective: float  #: TS + trade_off * KC
     strategy: str
+    trade_off: float = 1.0
+    max_size: int | None = None  #: as asked
+    min_similarity: float | None = None  #: as asked; None: the strategy's own bound
     trace: list[TraceEntry]
     trace_total: int  #: decisions there were; more than are listed in `trace` when it is cut
     comparison: list[StrategyResult] | None = None

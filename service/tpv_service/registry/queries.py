@@ -129,6 +129,11 @@ async def resolve_versions(
     return [found[place] for place in range(1, len(references) + 1)]
 
 
+def versions_to_compare() -> Select[VersionRow]:
+    """Versions with vector, initialization, and their pooled vectors."""
+    return bare_version().options(*_TO_COMPARE)
+
+
 _ASKED: dict[str, TypeEngine[Any]] = {
     "id": Uuid(),
     "namespace": Text(),

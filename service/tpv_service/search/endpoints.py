@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from io import StringIO
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from uuid import UUID
 
 import numpy as np
@@ -16,9 +16,11 @@ from starlette.concurrency import run_in_threadpool
 
 from tpv import grouping
 from tpv.errors import Conflict, Invalid
+from tpv.schemas.filters import Filter
 from tpv.schemas.similarity import (
     FLAT_LIMIT,
     LISTED,
+    MATRIX_LIMIT,
     GroupingAnswer,
     GroupingRequest,
     GroupingsAnswer,
@@ -26,6 +28,7 @@ from tpv.schemas.similarity import (
     MatrixAnswer,
     MatrixRequest,
     Member,
+    ReferencePool,
     SearchAnswer,
     SearchRequest,
     StrategyResult,
@@ -34,11 +37,14 @@ from tpv.schemas.similarity import (
 from tpv_service.auth.tokens import Actor, Allowed
 from tpv_service.db import ReadOnlySession, release
 from tpv_service.registry import queries as registry
-from tpv_service.registry.compatibility import check_same_initialization
+from tpv_service.registry.compatibility import check_same_initialization, label
+from tpv_service.registry.filters import chosen, condition
+from tpv_service.registry.tables import VectorRow, VersionRow
 from tpv_service.registry.views import initialization_summary, version_reference
 from tpv_service.search import indexes, scores
 from tpv_service.search.family import Float32, Mask, Rows, as_bytes
 from tpv_service.search.queries import (
+    ALL_COMPARED,
     Candidates,
     Query,
     choose,
@@ -57,10 +63,13 @@ async def search(request: Request, session: ReadOnlySession, _: Reader, asked: S
     mixed = asked.allow_mixed_initializations
     query = await read_query(request, session, asked.query, mixed=mixed)
     pool = await choose(request, session, query, asked.candidates, allow_same_task=asked.allow_same_task, mixed=mixed)
-    rows, similarities, how = await _nearest(request, session, query, pool, asked)
-    shown = await named(session, pool.ids[rows])
+    found = await _nearest(request, session, query, pool, asked)
+    shown = await named(session, pool.ids[found.rows])
     hits = sorted(
-        ((shown[bytes(pool.ids[row])], float(value)) for row, value in zip(rows, similarities, strict=True)),
+        (
+            (shown[bytes(pool.ids[row])], float(value))
+            for row, value in zip(found.rows, found.similarities, strict=True)
+        ),
         key=lambda hit: (-hit[1], hit[0].reference),
     )
     return SearchAnswer(
@@ -69,57 +78,67 @@ async def search(request: Request, session: ReadOnlySession, _: Reader, asked: S
             Hit(reference=of.reference, similarity=similarity, tasks=of.tasks, task_type=of.task_type)
             for of, similarity in hits[: asked.k]
         ],
-        pool=pool.echo(asked.metric, query, how=how),
+        pool=pool.echo(asked.metric, query, how=found.how, exact=found.exact, reference_pool=found.reference_pool),
     )
+
+
+class _Found(NamedTuple):
+    """Rows of the pool that may be among the best k."""
+
+    rows: Rows
+    similarities: NDArray[np.float32]
+    how: str = ALL_COMPARED
+    exact: bool = True
+    reference_pool: ReferencePool | None = None
 
 
 async def _nearest(
     request: Request, session: ReadOnlySession, query: Query, pool: Candidates, asked: SearchRequest
-) -> tuple[Rows, NDArray[np.float32], str | None]:
-    """Rows of the pool that may be among the best k, their similarities, and how they were found if not by all."""
+) -> _Found:
     if asked.metric == "cosine-flat":
         return await _nearest_flat(request, session, query, pool, asked)
     if asked.metric == "dot":
         if asked.accuracy != "approximate" and (found := await run_in_threadpool(_by_sketch, query, pool, asked.k)):
-            return *found, None
+            return found
         if asked.accuracy != "exact" and (indexed := await _by_index(request, session, query, pool, asked)):
             return indexed
-    measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool)
+    others = [*query.others, *pool.mixed]
+    measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool, others)
     await release(session)
     target, matrix = query.pooled, pool.matrix
     if asked.metric == "cosine-prompt" and pool.mixed:  # each soft prompt has a P_init of its own
         start, *others = await scores.starts(request, [query.initialization, *pool.mixed])
         measure, target, matrix = scores.Measure(metric="cosine"), target + start, matrix + np.array(others)
-    return *await run_in_threadpool(_by_comparing_all, measure, target, matrix, pool.where, asked.k), None
+    return await run_in_threadpool(_by_comparing_all, measure, target, matrix, pool.where, asked.k)
 
 
-def _by_comparing_all(
-    measure: scores.Measure, target: Float32, matrix: Float32, where: Mask, k: int
-) -> tuple[Rows, NDArray[np.float32]]:
+def _by_comparing_all(measure: scores.Measure, target: Float32, matrix: Float32, where: Mask, k: int) -> _Found:
     similarities = measure.one_with_many(target, matrix, where)
     rows = scores.best(similarities, where, k)
-    return rows, similarities[rows]
+    return _Found(rows, similarities[rows], reference_pool=measure.reference_pool)
 
 
-def _by_sketch(query: Query, pool: Candidates, k: int) -> tuple[Rows, NDArray[np.float32]] | None:
+def _by_sketch(query: Query, pool: Candidates, k: int) -> _Found | None:
     """Exactly the best k, found without comparing all; None when that is not possible."""
     if pool.snapshot is None or pool.snapshot.sketch is None:
         return None
     rows = pool.snapshot.sketch.promising(pool.matrix, query.pooled, pool.where, k)
-    return None if rows is None else _compared(query, pool, rows, k)
+    if rows is None:
+        return None
+    return _compared(query, pool, rows, k, how=f"a bound ruled out all but {len(rows)}, which were compared")
 
 
-def _compared(query: Query, pool: Candidates, rows: Rows, k: int) -> tuple[Rows, NDArray[np.float32]]:
+def _compared(query: Query, pool: Candidates, rows: Rows, k: int, *, how: str, exact: bool = True) -> _Found:
     """The best k of some candidates, by `dot`."""
     everywhere, dot = np.ones(len(rows), dtype=bool), scores.Measure(metric="dot")
-    kept, similarities = _by_comparing_all(dot, query.pooled, pool.matrix[rows], everywhere, k)
-    return rows[kept], similarities
+    found = _by_comparing_all(dot, query.pooled, pool.matrix[rows], everywhere, k)
+    return _Found(rows[found.rows], found.similarities, how, exact)
 
 
 async def _nearest_flat(
     request: Request, session: ReadOnlySession, query: Query, pool: Candidates, asked: SearchRequest
-) -> tuple[Rows, NDArray[np.float32], str | None]:
-    rows, how = np.flatnonzero(pool.where), None
+) -> _Found:
+    rows, how, exact = np.flatnonzero(pool.where), ALL_COMPARED, True
     if len(rows) > FLAT_LIMIT and asked.accuracy == "exact":
         raise Invalid(
             f"cosine-flat reads vectors whole, exactly at most {FLAT_LIMIT}; here are {len(rows)} candidates: narrow "
@@ -129,14 +148,14 @@ async def _nearest_flat(
         cosines = scores.Measure(metric="cosine")
         similarities = await run_in_threadpool(cosines.one_with_many, query.pooled, pool.matrix, pool.where)
         rows = scores.best(similarities, pool.where, max(FLAT_LIMIT, asked.k))
-        how = f"the {len(rows)} with the largest cosine of pooled vectors were compared whole"
+        how, exact = f"the {len(rows)} with the largest cosine of pooled vectors were compared whole", False
     ids = [UUID(bytes=bytes(key)) for key in pool.ids[rows]]
-    return rows, await scores.flat_similarities(request, session, query, ids), how
+    return _Found(rows, await scores.flat_similarities(request, session, query, ids), how, exact)
 
 
 async def _by_index(
     request: Request, session: ReadOnlySession, query: Query, pool: Candidates, asked: SearchRequest
-) -> tuple[Rows, NDArray[np.float32], str] | None:
+) -> _Found | None:
     """What the family's index gives, compared exactly; None when all candidates are to be compared instead."""
     family: indexes.Indexes = request.state.indexes
     snapshot, width = pool.snapshot, query.initialization.token_dim
@@ -165,7 +184,7 @@ async def _by_index(
         rows = rows[pool.where[rows]]
         if len(rows) >= wanted:
             how = f"an HNSW index gave {len(ids)} (ef_search {ef_search}), which were compared exactly"
-            return *_compared(query, pool, rows, asked.k), how
+            return _compared(query, pool, rows, asked.k, how=how, exact=False)
         count *= 8
     return None  # the filter leaves so few that the index does not find them
 
@@ -177,12 +196,13 @@ async def matrix(
     _: Reader,
     asked: MatrixRequest,
     form: Annotated[
-        Literal["json", "csv"], QueryParameter(alias="format", description="csv: the matrix alone.")
+        Literal["json", "csv"], QueryParameter(alias="format", description="csv: similar ones side by side.")
     ] = "json",
 ) -> Any:
     """All similarities among the given vectors; `matrix[i][j]` compares references i and j."""
-    rows = await registry.resolve_versions(session, asked.references, pooled=True)
+    rows = await _compared_versions(session, asked)
     check_same_initialization(rows, mixed=asked.allow_mixed_initializations)
+    reference_pool = None
     if asked.metric == "cosine-flat":
         values = await scores.flat_matrix(request, rows)
     else:
@@ -192,7 +212,10 @@ async def matrix(
             measure = scores.Measure(metric="cosine")
         else:
             query = Query(label="the matrix", pooled=np.zeros(0, np.float32), initialization=rows[0].initialization)
-            measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool)
+            measure = await scores.measure(
+                request, session, asked.metric, query, asked.reference_pool, [row.initialization for row in rows]
+            )
+            reference_pool = measure.reference_pool
         values = await run_in_threadpool(measure.many_with_many, vectors, vectors)
     order = await run_in_threadpool(_clustered, values)
     if asked.normalize:
@@ -200,7 +223,9 @@ async def matrix(
         values = (values - values.min()) / (spread or 1.0)
     references = [version_reference(row) for row in rows]
     if form == "csv":
-        return Response(_csv(references, values), media_type="text/csv")
+        said = [asked.metric, *(["min-max normalized"] if asked.normalize else []), label(rows[0].initialization)]
+        ordered = [references[row] for row in order]
+        return Response(_csv(", ".join(said), ordered, values[np.ix_(order, order)]), media_type="text/csv")
     others = {row.initialization_id: row.initialization for row in rows[1:]}
     others.pop(rows[0].initialization_id, None)
     return MatrixAnswer(
@@ -209,9 +234,26 @@ async def matrix(
         order=order,
         metric=asked.metric,
         normalized=asked.normalize,
+        reference_pool=reference_pool,
         initialization=initialization_summary(rows[0].initialization),
         mixed_initializations=[initialization_summary(row) for row in others.values()],
     )
+
+
+async def _compared_versions(session: ReadOnlySession, asked: MatrixRequest) -> list[VersionRow]:
+    """The versions of a matrix, as they were named or by name; raises Invalid for none and for too many."""
+    if asked.references is not None:
+        rows = await registry.resolve_versions(session, asked.references, pooled=True)
+    else:
+        passing = registry.versions_to_compare().where(chosen(asked.versions), condition(asked.filter or Filter()))
+        passing = passing.order_by(VectorRow.namespace, VectorRow.name, VersionRow.number).limit(asked.limit + 1)
+        rows = [*await session.scalars(passing)]
+    if not rows:
+        raise Invalid("no vector passes the filter; see: tpv vector list")
+    if len(rows) > asked.limit:
+        other = f"; cosine takes {MATRIX_LIMIT}" if asked.limit < MATRIX_LIMIT else ""
+        raise Invalid(f"a matrix of {asked.metric} compares at most {asked.limit} vectors, these are more{other}")
+    return rows
 
 
 def _clustered(similarities: NDArray[np.float32]) -> list[int]:
@@ -226,10 +268,10 @@ def _clustered(similarities: NDArray[np.float32]) -> list[int]:
     return order
 
 
-def _csv(references: list[str], values: NDArray[np.float32]) -> str:
+def _csv(said: str, references: list[str], values: NDArray[np.float32]) -> str:
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["", *references])
+    writer.writerow([said, *references])
     writer.writerows([reference, *row] for reference, row in zip(references, values.tolist(), strict=True))
     return text.getvalue()
 
@@ -254,13 +296,14 @@ async def _group(request: Request, session: ReadOnlySession, asked: GroupingRequ
     )
     order = await _tie_order(session, asked, pool, similarities)
     limit = None if asked.trace == "all" else LISTED
+    trade_off = 1.0 if asked.trade_off is None else asked.trade_off
 
     def group(strategy: grouping.Strategy, trace_size: int | None) -> grouping.Grouping:
         return grouping.group(
             query.pooled,
             pool.matrix,
             strategy=strategy,
-            trade_off=asked.trade_off if strategy == "exact" else None,
+            trade_off=trade_off if strategy == "exact" else None,
             max_size=asked.max_size,
             min_similarity=asked.min_similarity,
             similarities=similarities,
@@ -284,8 +327,11 @@ async def _group(request: Request, session: ReadOnlySession, asked: GroupingRequ
         members=[Member(reference=reference[i], similarity=float(similarities[i])) for i in result.members],
         target_similarity=result.target_similarity,
         knowledge_consistency=result.knowledge_consistency,
-        objective=result.objective,
+        objective=result.target_similarity + trade_off * result.knowledge_consistency,
         strategy=asked.strategy,
+        trade_off=trade_off,
+        max_size=asked.max_size,
+        min_similarity=asked.min_similarity,
         trace=[
             TraceEntry(
                 reference=reference[decision.index],
@@ -304,9 +350,9 @@ async def _group(request: Request, session: ReadOnlySession, asked: GroupingRequ
                 strategy=strategy,
                 size=len(other.members) if other else 0,
                 members=[reference[index] for index in other.members[:LISTED]] if other else [],
-                target_similarity=other.target_similarity if other else 0.0,
-                knowledge_consistency=other.knowledge_consistency if other else 0.0,
-                objective=other.objective if other else 0.0,
+                target_similarity=other.target_similarity if other else None,
+                knowledge_consistency=other.knowledge_consistency if other else None,
+                objective=other.target_similarity + trade_off * other.knowledge_consistency if other else None,
                 refused=refused,
             )
             for strategy, other, refused in others

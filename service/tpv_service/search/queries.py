@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -31,17 +31,19 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.concurrency import run_in_threadpool
 
 from tpv import files
-from tpv.errors import InvalidTensor
-from tpv.schemas.similarity import LISTED, Pool, PoolEcho, Term, Uploaded
+from tpv.errors import Invalid, InvalidTensor
+from tpv.schemas.filters import Filter
+from tpv.schemas.similarity import LISTED, Pool, PoolEcho, ReferencePool, Term, Uploaded
 from tpv.vectors import as_prompt
 from tpv_service.db import release
 from tpv_service.registry import filters, publish, queries
-from tpv_service.registry.compatibility import check_same_initialization
+from tpv_service.registry.compatibility import are_mixed, check_same_initialization, label
 from tpv_service.registry.tables import InitializationRow, ParentRow, VectorRow, VersionRow
 from tpv_service.registry.views import initialization_summary, version_reference
 from tpv_service.search.family import Float32, Mask, Rows, Snapshot, as_bytes
 
 GIVEN_RULE = "the references given"
+ALL_COMPARED = "every candidate was compared"
 _RULES = {
     "newest": "the newest not deleted version of each vector of the initialization",
     "all": "every not deleted version of the initialization",
@@ -84,8 +86,16 @@ class Candidates:
     def size(self) -> int:
         return int(np.count_nonzero(self.where))
 
-    def echo(self, metric: str, query: Query, *, how: str | None = None) -> PoolEcho:
-        """What an answer says of the pool; `how` says how candidates were left out without comparing them."""
+    def echo(
+        self,
+        metric: str,
+        query: Query,
+        *,
+        how: str = ALL_COMPARED,
+        exact: bool = True,
+        reference_pool: ReferencePool | None = None,
+    ) -> PoolEcho:
+        """What an answer says of the pool, and of how its best were found."""
         others = {row.id: row for row in (*query.others, *self.mixed) if row.id != query.initialization.id}
         return PoolEcho(
             rule=self.rule,
@@ -95,8 +105,9 @@ class Candidates:
             size=self.size,
             excluded=self.excluded,
             excluded_total=self.excluded_total,
-            exact=how is None,
-            how=how or "every candidate was compared",
+            exact=exact,
+            how=how,
+            reference_pool=reference_pool,
         )
 
 
@@ -177,7 +188,7 @@ async def choose(
     base = await (
         _given(session, query, pool.references, mixed=mixed)
         if pool.references is not None
-        else _family(request, session, query, pool)
+        else _family(request, session, query, pool, mixed=mixed)
     )
     if keep_query or not (query.versions or query.task):
         return base
@@ -208,8 +219,16 @@ async def _given(session: AsyncSession, query: Query, references: Sequence[str],
     )
 
 
-async def _family(request: Request, session: AsyncSession, query: Query, pool: Pool) -> Candidates:
-    """Versions of the query's initialization."""
+async def _family(request: Request, session: AsyncSession, query: Query, pool: Pool, *, mixed: bool) -> Candidates:
+    """Versions of the query's initialization. Raises for a request that means others', which are to be named."""
+    own = query.initialization
+    if mixed and all(row.id == own.id for row in query.others):
+        raise Invalid(
+            f"allow_mixed_initializations is for vectors that are named in candidates.references; else only those of "
+            f"the query's initialization, {label(own)}, are looked at"
+        )
+    for other in _initializations_of(pool.filter):
+        are_mixed((query.label, own), ("the filter", await request.state.initializations.resolve(other)), allowed=False)
     await release(session)  # families ask on a connection of their own; holding one meanwhile, many might wait for ever
     snapshot: Snapshot = await request.state.families.current(query.initialization)
     where = snapshot.newest if pool.versions == "newest" else snapshot.alive
@@ -228,6 +247,15 @@ async def _family(request: Request, session: AsyncSession, query: Query, pool: P
         passing[snapshot.rows_of(np.frombuffer(await session.scalar(statement) or b"", "V16"))] = True
         where = where & passing
     return Candidates(rule=rule, matrix=snapshot.matrix, ids=snapshot.records["id"], where=where, snapshot=snapshot)
+
+
+def _initializations_of(asked: Filter | None) -> Iterator[str]:
+    """Those that a filter demands of whatever passes it."""
+    if asked is not None:
+        if asked.initialization is not None:
+            yield asked.initialization
+        for part in asked.all or ():
+            yield from _initializations_of(part)
 
 
 async def _doubtful(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -15,9 +15,10 @@ from starlette.concurrency import run_in_threadpool
 
 from tpv import files
 from tpv.errors import Invalid
-from tpv.schemas.similarity import Pool
+from tpv.schemas.similarity import Pool, ReferencePool
 from tpv.similarity import Metric, pooled_similarity, similarity
 from tpv_service.registry import publish
+from tpv_service.registry.compatibility import label
 from tpv_service.registry.tables import InitializationRow, VersionRow
 from tpv_service.search.family import Float32, Mask, Rows
 from tpv_service.search.queries import Candidates, Query, choose
@@ -33,6 +34,7 @@ class Measure:
 
     metric: Metric
     center: Float32 | None = None  #: (d,), the mean of the reference pool
+    reference_pool: ReferencePool | None = None
     initialization: Float32 | None = None  #: (d,), the pooled P_init
 
     def one_with_many(self, query: Float32, matrix: Float32, where: Mask) -> NDArray[np.float32]:
@@ -74,16 +76,31 @@ def _check_finite(similarities: NDArray[np.float32], count: int, metric: str) ->
 
 
 async def measure(
-    request: Request, session: AsyncSession, metric: Metric, query: Query, reference_pool: Pool | None
+    request: Request,
+    session: AsyncSession,
+    metric: Metric,
+    query: Query,
+    reference_pool: Pool | None,
+    others: Iterable[InitializationRow] = (),
 ) -> Measure:
-    """The metric for a query; asks for the reference pool of a centred one and for the P_init that prompts begin at."""
+    """The metric for a query; asks for the reference pool of a centred one and for the P_init that prompts begin at.
+
+    `others` are the initializations of what the query is compared with. Raises Invalid for a centred metric if they
+    are not the query's: the mean of one family says nothing of another.
+    """
     if metric == "cosine-prompt":
         (start,) = await starts(request, [query.initialization])
         return Measure(metric=metric, initialization=start)
     if not metric.endswith("-centered"):
         return Measure(metric=metric)
+    if strangers := {label(row) for row in others if row.id != query.initialization.id}:
+        raise Invalid(
+            f"{metric} subtracts the mean of vectors of {label(query.initialization)}, which means nothing to those of "
+            f"{', '.join(sorted(strangers))}; take {metric.removesuffix('-centered')}, or leave them out"
+        )
     pool = await choose(request, session, query, reference_pool or Pool())
-    return Measure(metric=metric, center=await center_of(pool, metric))
+    center = await center_of(pool, metric)
+    return Measure(metric=metric, center=center, reference_pool=ReferencePool(rule=pool.rule, size=pool.size))
 
 
 async def starts(request: Request, initializations: Sequence[InitializationRow]) -> Float32:

@@ -90,15 +90,51 @@ async def test_a_matrix_puts_similar_ones_side_by_side_and_is_normalized_on_requ
     assert (np.min(answer.matrix), np.max(answer.matrix)) == (0, 1)
 
 
-async def test_a_matrix_comes_as_csv(client, http: httpx.AsyncClient, vectors):
-    body = {"references": ["s00", "s01"]}
+async def test_a_matrix_as_csv_has_similar_ones_side_by_side_and_says_what_it_is(
+    client, http: httpx.AsyncClient, vectors
+):
+    body = {"references": list(vectors), "metric": "cosine", "normalize": True}
     answer = await client.similarity.matrix(**body)
     text = (await http.post("/api/v1/similarity/matrix", params={"format": "csv"}, json=body)).raise_for_status()
-    header, *rows = csv.reader(StringIO(text.text))
+    (title, *header), *rows = csv.reader(StringIO(text.text))
 
     assert text.headers["content-type"].startswith("text/csv")
-    assert header == ["", *answer.references]
-    assert [[float(value) for value in row[1:]] for row in rows] == answer.matrix
+    assert title == "cosine, min-max normalized, default/family"
+    assert answer.order != sorted(answer.order)
+    assert header == [row[0] for row in rows] == [answer.references[i] for i in answer.order]
+    assert [[float(value) for value in row[1:]] for row in rows] == [
+        [answer.matrix[i][j] for j in answer.order] for i in answer.order
+    ]
+
+
+async def test_a_matrix_takes_what_passes_a_filter(client, vectors):
+    odd = await client.similarity.matrix(task_type="odd")
+
+    assert odd == await client.similarity.matrix([f"s{i:02}" for i in range(0, SOURCES, 2)])
+    with pytest.raises(errors.Invalid, match="no vector passes the filter"):
+        await client.similarity.matrix(task="nobody's")
+    with pytest.raises(errors.Invalid, match="references, or a filter"):
+        await client.similarity.matrix()
+
+
+async def test_a_matrix_has_a_limit(client, vectors, monkeypatch):
+    monkeypatch.setattr("tpv.schemas.similarity.FLAT_LIMIT", 2)
+    with pytest.raises(errors.Invalid, match="cosine-flat compares at most 2 vectors, these are more; cosine takes"):
+        await client.similarity.matrix(task_type="odd", metric="cosine-flat")
+
+
+async def test_centred_answers_say_what_was_subtracted(client, vectors):
+    sources = [f"s{i:02}" for i in range(SOURCES)]
+    found = await client.similarity.search("rte", metric="dot-centered")
+    named = await client.similarity.search("rte", metric="dot-centered", reference_pool=sources)
+    matrix = await client.similarity.matrix(sources, metric="dot-centered")
+    plain = await client.similarity.search("rte")
+
+    assert found.pool.reference_pool.size == SOURCES
+    assert "newest" in found.pool.reference_pool.rule
+    assert (named.pool.reference_pool.rule, named.pool.reference_pool.size) == ("the references given", SOURCES)
+    assert matrix.reference_pool.size == SOURCES + 1
+    assert plain.pool.reference_pool is None
 
 
 async def test_a_combination_is_compared_as_its_sum(client, vectors, start):
@@ -243,6 +279,33 @@ class TestMixedInitializations:
         assert {h.reference: h.similarity for h in found.hits}["default/stranger:1"] == pytest.approx(value, rel=1e-5)
         assert matrix.matrix[0][1] == pytest.approx(value, rel=1e-5)
 
+    async def test_a_filter_for_another_initialization_is_refused(self, client, vectors, stranger):
+        said = r"family.*other.*allow_mixed_initializations"
+        with pytest.raises(errors.IncompatibleVectors, match=said):
+            await client.similarity.search("rte", initialization="other")
+        with pytest.raises(errors.IncompatibleVectors, match=said):
+            await client.groupings.create("rte", Filter(all=[Filter(initialization="other"), Filter(task="z")]))
+        assert (await client.similarity.search("rte", initialization="family", k=1)).hits
+
+    async def test_the_flag_is_for_vectors_that_are_named(self, client, vectors, stranger):
+        for call in (
+            client.similarity.search("rte", allow_mixed_initializations=True),
+            client.groupings.create("rte", task="z", allow_mixed_initializations=True),
+        ):
+            with pytest.raises(errors.Invalid, match=r"named in candidates\.references"):
+                await call
+        mixed = await client.similarity.search({"rte": 1, "stranger": 1}, allow_mixed_initializations=True)
+        assert [summary.name for summary in mixed.pool.mixed_initializations] == ["other"]
+
+    async def test_the_mean_of_one_is_not_subtracted_from_another(self, client, vectors, stranger):
+        asked = {"metric": "cosine-centered", "allow_mixed_initializations": True}
+        for call in (
+            client.similarity.search("rte", candidates=["s01", "stranger"], **asked),
+            client.similarity.matrix(["rte", "stranger"], **asked),
+        ):
+            with pytest.raises(errors.Invalid, match=r"default/family, which means nothing to those of default/other"):
+                await call
+
     async def test_not_even_the_flag_compares_other_shapes_or_models(self, client, vectors):
         await client.initializations.create(
             "wide", base_model="tiny-t5", unpinned=True, tensor=np.ones((ROWS + 1, WIDTH), np.float32)
@@ -266,6 +329,26 @@ async def test_the_strategies_are_shown_side_by_side(client, vectors):
     assert shown["greedy"].members == [member.reference for member in answer.members]
     assert shown["exact"].objective >= max(result.objective for result in answer.comparison) - 1e-5
     assert all(result.size <= 3 for result in answer.comparison)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "greedy"])
+async def test_one_trade_off_weighs_in_all_that_is_compared(client, vectors, strategy):
+    answer = await client.groupings.create("rte", strategy=strategy, compare=True, max_size=4, trade_off=0.1)
+    shown = {result.strategy: result for result in answer.comparison}
+
+    assert (answer.trade_off, answer.max_size, answer.min_similarity) == (0.1, 4, None)
+    for result in (answer, *answer.comparison):
+        assert result.objective == pytest.approx(result.target_similarity + 0.1 * result.knowledge_consistency)
+    assert shown[strategy].objective == answer.objective
+    assert shown["exact"].objective >= max(result.objective for result in answer.comparison) - 1e-5
+
+
+async def test_a_strategy_that_refuses_has_no_figures(client, vectors, monkeypatch):
+    monkeypatch.setattr("tpv._strategies.EXACT_LIMIT", 2)
+    refused = {result.strategy: result for result in (await client.groupings.create("rte", compare=True)).comparison}
+
+    assert "at most 2" in refused["exact"].refused
+    assert (refused["exact"].objective, refused["greedy"].refused) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 import tpv
 from tpv import errors
+from tpv_service import migrate
 from tpv_service.app import create_app
 from tpv_service.db import create_reading_engine, create_sessionmaker
 from tpv_service.search import families
@@ -52,6 +53,19 @@ async def found(client: tpv.AsyncClient) -> list[str]:
 async def register(client: tpv.AsyncClient, name: str, value: float = 1.0) -> UUID:
     version = await client.vectors.register(name, vector=np.full((2, 4), value, np.float32), initialization="family")
     return version.id
+
+
+async def test_rows_of_an_older_cluster_are_not_new_for_ever(client, family, database_url):
+    await register(client, "a")
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("update versions set txid = '9000000000'")  # as a dump of a busier server brings them
+        migrate.upgrade(database_url.replace("postgresql://", "postgresql+psycopg://"))
+        (new,) = connection.execute(
+            "select count(*) from versions where txid >= pg_snapshot_xmin(pg_current_snapshot())"
+        ).fetchone()
+
+    assert new == 0
+    assert await found(client) == ["default/a:1"]
 
 
 async def test_a_transaction_that_commits_late_is_not_missed(client, family, database_url):

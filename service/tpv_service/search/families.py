@@ -74,15 +74,15 @@ class Families:
     def __init__(self, readers: async_sessionmaker[AsyncSession], directory: Path) -> None:
         self._readers, self._directory = readers, directory
         self._open: OrderedDict[UUID, _Copy] = OrderedDict()
-        self._looks: set[asyncio.Task[Snapshot]] = set()
+        self._looks: dict[asyncio.Task[Snapshot], _Copy] = {}  #: the copy that each is at, or waits for
 
     async def current(self, initialization: InitializationRow) -> Snapshot:
         """All versions of the family that are committed now; raises Unavailable when it takes long to read them."""
         copy = self._open.setdefault(initialization.id, _Copy())
         self._open.move_to_end(initialization.id)
         look = asyncio.create_task(self._look(copy, initialization))
-        self._looks.add(look)
-        look.add_done_callback(self._looks.discard)
+        self._looks[look] = copy
+        look.add_done_callback(self._close_oldest)
         if not (await asyncio.wait([look], timeout=_PATIENCE))[0]:
             look.add_done_callback(_told)
             raise Unavailable(
@@ -107,7 +107,6 @@ class Families:
             except BaseException:  # it may have grown half; opened again, it is what its log says
                 copy.family = None
                 raise
-        self._close_oldest()
         return snapshot
 
     async def _begin(self, session: AsyncSession, initialization: InitializationRow) -> Family:
@@ -119,12 +118,13 @@ class Families:
             await run_in_threadpool(family.set_alive, deleted, [False] * len(deleted))
         return family
 
-    def _close_oldest(self) -> None:
+    def _close_oldest(self, ended: asyncio.Task[Snapshot]) -> None:
+        del self._looks[ended]
         held = sum(copy.rows for copy in self._open.values())
         for key, copy in list(self._open.items())[:-1]:
             if held <= _ROWS_HELD:
                 break
-            if not copy.lock.locked():
+            if copy not in self._looks.values():  # opened again meanwhile, two copies would write the same files
                 held -= copy.rows
                 del self._open[key]  # queries that still have its snapshot keep its maps
 

@@ -25,6 +25,7 @@ log = structlog.get_logger()
 
 _LOCK = 4_927_113_802  #: any number that only the building of these indexes locks
 VECTOR_WIDTH, HALF_WIDTH = 2000, 4000  #: the widest that pgvector's HNSW takes of `vector` and of `halfvec`
+_HALF_LARGEST = 65_504  #: the largest number of half precision
 
 
 def name_of(initialization: UUID) -> str:
@@ -33,12 +34,18 @@ def name_of(initialization: UUID) -> str:
 
 
 def expression(width: int) -> tuple[str, str]:
-    """What is indexed, and by which operators: in half precision, and the first 4000 numbers, where no more fits."""
+    """What is indexed, and by which operators: in half precision, and the first 4000 numbers, where no more fits.
+
+    A vector that is longer than half precision holds is indexed at the greatest length that fits: what the index
+    does not take could not be registered. Among such vectors the index ranks by direction alone.
+    """
     if width <= VECTOR_WIDTH:
         return f"(pooled::vector({width}))", "vector_ip_ops"
-    if width <= HALF_WIDTH:
-        return f"(pooled::halfvec({width}))", "halfvec_ip_ops"
-    return f"(subvector(pooled, 1, {HALF_WIDTH})::halfvec({HALF_WIDTH}))", "halfvec_ip_ops"
+    kept = min(width, HALF_WIDTH)
+    part = "pooled" if width <= HALF_WIDTH else f"subvector(pooled, 1, {HALF_WIDTH})"
+    cut = f"l2_normalize({part}) * array_fill({_HALF_LARGEST}::real, array[{kept}])::vector"
+    fitting = f"case when vector_norm({part}) > {_HALF_LARGEST} then {cut} else {part} end"
+    return f"(({fitting})::halfvec({kept}))", "halfvec_ip_ops"
 
 
 def shortlist(width: int, k: int) -> int:

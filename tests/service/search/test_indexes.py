@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import suppress
 
 import numpy as np
@@ -38,21 +39,26 @@ async def fill(client: tpv.AsyncClient, width: int, count: int = COUNT) -> np.nd
     """`count` vectors `v00`, `v01`, ... of one row each, and a query `q` that is like the first ones most."""
     random = np.random.default_rng(width)
     vectors = random.normal(size=(count, 1, width)).astype(np.float32)
-    start = np.zeros((1, width), np.float32)
-    await client.initializations.create("family", base_model="tiny-t5", unpinned=True, tensor=start)
-    await client.vectors.register_many(
-        [{"name": f"v{i:02}"} for i in range(count)], vectors=vectors, initialization="family"
-    )
+    await register(client, vectors)
     query = (vectors[:5].sum(axis=0) + 0.1 * random.normal(size=(1, width))).astype(np.float32)
     await client.vectors.register("q", vector=query, initialization="family")
     return vectors
 
 
-async def approximate(client: tpv.AsyncClient, **options: object) -> SearchAnswer:
+async def register(client: tpv.AsyncClient, vectors: np.ndarray) -> None:
+    """Registers vectors (n, 1, d) as `v00`, `v01`, ... of a new initialization, `family`."""
+    start = np.zeros(vectors.shape[1:], np.float32)
+    await client.initializations.create("family", base_model="tiny-t5", unpinned=True, tensor=start)
+    await client.vectors.register_many(
+        [{"name": f"v{i:02}"} for i in range(len(vectors))], vectors=vectors, initialization="family"
+    )
+
+
+async def approximate(client: tpv.AsyncClient, query: str = "q", **options: object) -> SearchAnswer:
     """An answer by the index, once it has been built."""
     for _ in range(100):
         with suppress(errors.Conflict):  # there is none yet
-            return await client.similarity.search("q", accuracy="approximate", **options)
+            return await client.similarity.search(query, accuracy="approximate", **options)
         await asyncio.sleep(0.1)
     raise AssertionError("no index came")
 
@@ -72,6 +78,30 @@ async def test_an_index_is_built_and_gives_what_the_exact_search_gives(client, d
         ).fetchall()
     assert len(rows) == 1
     assert kind in rows[0][0]
+
+
+@pytest.mark.parametrize("width", [2001, 4096])
+async def test_of_a_wide_pool_the_part_that_the_index_gives_has_the_best(client, width):
+    """Fifty clusters of eight vectors, queries of each; 4096, as wide as Llama-3-8B, is more than an index takes."""
+    random = np.random.default_rng(width)
+    matrix = np.repeat(0.5 * random.normal(size=(50, width)), 8, axis=0) + random.normal(size=(400, width))
+    # The last one is the most like the first, by numbers that are mostly beyond the first 4000 of 4096.
+    matrix[-1] = matrix[0] * np.where(np.arange(width) < width - 96, 0.2, 4)
+    matrix = matrix.astype(np.float32)
+    await register(client, matrix[:, np.newaxis])
+    products = matrix @ matrix.T
+    np.fill_diagonal(products, -np.inf)
+    recalls = []
+    for row in range(0, 400, 8):
+        found = await approximate(client, f"v{row:02}", k=10)
+        (given,) = re.findall(r"gave (\d+)", found.pool.how)
+        assert int(given) < found.pool.size == 399
+        best = [f"default/v{other:02}:1" for other in np.argsort(-products[row])[:10]]
+        recalls.append(len({*best} & {hit.reference for hit in found.hits}) / 10)
+        if row == 0:
+            assert found.hits[0].reference == best[0] == "default/v399:1"
+
+    assert np.mean(recalls) >= 0.99
 
 
 async def test_the_planner_takes_the_index(client, database_url, app):
@@ -104,11 +134,25 @@ async def test_the_index_knows_what_came_after_it_and_gives_nothing_that_was_del
     assert "default/new:1" not in references
 
 
+@pytest.mark.parametrize("width", [2001, 4096])
+async def test_vectors_beyond_half_precision_are_taken_and_found_with_an_index_too(client, width):
+    vectors = await fill(client, width, 150)
+    await client.vectors.register("before", vector=1e6 * vectors[0], initialization="family")
+    await approximate(client)  # one is built in spite of it
+    await client.vectors.register("after", vector=1e7 * vectors[1], initialization="family")
+    found, exact = await approximate(client, k=5), await client.similarity.search("q", k=5, accuracy="exact")
+
+    assert not found.pool.exact
+    assert [hit.reference for hit in found.hits[:2]] == ["default/after:1", "default/before:1"]
+    assert found.hits == exact.hits
+
+
 async def test_a_filter_holds_with_an_index_too(client):
     await fill(client, 8)
     await approximate(client)
     found = await approximate(client, names=["v07", "v21"])
 
+    assert not found.pool.exact
     assert {hit.reference for hit in found.hits} == {"default/v07:1", "default/v21:1"}
 
 

@@ -82,12 +82,16 @@ def ties(vectors: NDArray[Any], weights: Float64, *, density: float) -> Float64:
     ones the first). A place's sign is that of the sum of what stayed there, plus for 0. Its value is the sum of the
     values with that sign, each times its weight, over their number: the weights as in `peft.utils.merge_utils.ties`,
     where a negative one negates its vector first, and 0 takes it out.
+
+    Raises ValueError for a density at which no value stays.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}: it is the share of values that stay, above 0 and at most 1")
     trimmed = _terms(vectors, np.sign(weights))
+    kept = int(density * trimmed[0].size)
+    if kept == 0:
+        raise ValueError(f"density is {density}: of {trimmed[0].size} values none would stay, so that all become 0")
     for values in trimmed.reshape(len(trimmed), -1):
-        kept = int(density * values.size)
         values[np.argsort(-np.abs(values), kind="stable")[kept:]] = 0
     elected = np.where(_sum(trimmed) >= 0, 1, -1)
     agreeing = np.sign(trimmed) == elected

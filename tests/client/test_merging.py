@@ -118,6 +118,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (T, w, {"method": "ties"}, "needs `density`"),
         (T, w, {"method": "ties", "density": 0}, "above 0"),
         (T, w, {"method": "ties", "density": 1.5}, "at most 1"),
+        (T, w, {"method": "ties", "density": 0.024}, "of 40 values none would stay"),
         (T, w, {"method": "dare", "drop": 0.5}, "needs `seed`"),
         (T, w, {"method": "dare", "seed": 1}, "needs `drop`"),
         (T, w, {"method": "dare", "drop": 1, "seed": 1}, "below 1"),
@@ -133,5 +134,6 @@ def test_what_does_not_fit_is_refused() -> None:
     for values, weights, options, message in bad:
         with pytest.raises(ValueError, match=message):
             merge(values, weights, **options)
+    assert np.count_nonzero(merge(T[:1], [1], "ties", density=0.026)) == 1
     with pytest.raises(InvalidTensor, match="merged vector"):
         merge(T, [1e39, 1])

@@ -280,28 +280,30 @@ def test_a_tie_in_float32_does_not_hang_on_rounding(seed: int) -> None:
 @settings(max_examples=50)
 @given(*small, st.randoms(use_true_random=False))
 def test_the_order_of_the_candidates_does_not_matter(n: int, d: int, seed: int, random: Any) -> None:
-    t, S = normal(n, d, seed, np.float32)
     order = list(range(n))
     random.shuffle(order)
-    permuted = dict(each(t, S[order]))
-    for strategy, found in each(t, S):
-        assert tuple(order[i] for i in permuted[strategy].members) == found.members
-        assert permuted[strategy].objective == found.objective
-        moved = [order[decision.index] for decision in permuted[strategy].trace]
-        assert moved == [decision.index for decision in found.trace]
+    ties = np.random.default_rng(seed).permutation(n)
+    for t, S in (normal(n, d, seed, np.float32), integers(n, d, seed)):
+        permuted = dict(each(t, S[order], tie_order=ties[order]))
+        for strategy, found in each(t, S, tie_order=ties):
+            assert tuple(order[i] for i in permuted[strategy].members) == found.members
+            assert permuted[strategy].objective == found.objective
+            moved = [order[decision.index] for decision in permuted[strategy].trace]
+            assert moved == [decision.index for decision in found.trace]
 
 
 @settings(max_examples=50)
-@given(*small)
-def test_the_trace_is_enough_to_compute_the_answer_again(n: int, d: int, seed: int) -> None:
+@given(*small, st.floats(0, 3))
+def test_the_trace_is_enough_to_compute_the_answer_again(n: int, d: int, seed: int, trade_off: float) -> None:
     for t, S in (normal(n, d, seed), integers(n, d, seed)):
-        for strategy, found in each(t, S):
+        weighed = group(t, S, strategy="exact", trade_off=trade_off)
+        for strategy, found, weight in (*((*one, 1) for one in each(t, S)), ("exact", weighed, trade_off)):
             taken = [decision for decision in found.trace if decision.taken]
             target_similarity = sum(d.similarity for d in taken) / len(taken) if taken else 0.0
             consistency = taken[-1].consistency_after if taken else 0.0
             assert tuple(decision.index for decision in taken) == found.members
             assert (target_similarity, consistency) == (found.target_similarity, found.knowledge_consistency)
-            assert found.objective == target_similarity + consistency
+            assert found.objective == target_similarity + weight * consistency
 
             assert [decision.index for decision in found.trace] == ranking(t, S)
             assert [decision.rank for decision in found.trace] == list(range(n))

@@ -13,7 +13,7 @@ from tpv.methods import MptOptions
 from tpv_worker.backbone import IGNORED, Backbone, Predictions
 from tpv_worker.checkpoints import Checkpoints
 from tpv_worker.data import Example, Row, Task
-from tpv_worker.errors import OptionsError
+from tpv_worker.errors import OptionsError, TrainingDiverged
 from tpv_worker.methods import Given
 from tpv_worker.methods.mpt import Mpt, SourceStage, difference
 
@@ -39,6 +39,11 @@ def test_it_trains_as_many_parameters_as_the_paper_states(given: Given) -> None:
     """r * d + r + d: the 77.6 k of its tables for r = 100, d = 768."""
     wide = replace(given, initialization=torch.zeros(100, 768), sources=torch.zeros(6, 100, 768))
     assert count(Mpt(MptOptions(), wide)) == 77_668
+
+
+def test_the_source_stage_trains_the_shared_prompt_and_two_vectors_a_source(given: Given) -> None:
+    """r * d + n * (r + d), for r = 3, d = 16 and n = 3."""
+    assert count(stage(given)) == 3 * 16 + 3 * (3 + 16)
 
 
 def test_a_prompt_is_the_shared_one_times_a_rank_one_matrix(given: Given) -> None:
@@ -140,6 +145,12 @@ def test_without_source_steps_it_starts_from_the_initialization(given: Given, so
     method = make(given, source_steps=0)
     method.prepare([], sources, lambda event: None, Checkpoints())
     assert torch.equal(method.snapshot().prompt, given.initialization)
+
+
+def test_a_source_stage_that_diverges_is_not_taken_for_the_targets_training(given: Given, sources: list[Task]) -> None:
+    method = make(replace(given, sources=torch.full_like(given.initialization, torch.nan).repeat(3, 1, 1)))
+    with pytest.raises(TrainingDiverged, match="the source stage's loss or prompt is no finite number at step 1;"):
+        method.prepare([], sources, lambda event: None, Checkpoints())
 
 
 def test_each_source_needs_a_data_set(given: Given, sources: list[Task]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpv.grouping import EXACT_LIMIT, group
+from tpv.grouping import EXACT_LIMIT, PAIRS_LIMIT, group
 from tpv.methods import DtvgOptions
 from tpv_worker.checkpoints import Checkpoints
 from tpv_worker.data import Task
@@ -25,6 +25,8 @@ from tpv_worker.errors import OptionsError, TrainingDiverged
 from tpv_worker.methods.protocol import Given, Report, Snapshot, TuningMethod
 from tpv_worker.methods.watch import Watch
 from tpv_worker.training import LOG_EVERY
+
+LIMITS = {"exact": EXACT_LIMIT, "knowledge-consistency": PAIRS_LIMIT}  #: sources, by strategy
 
 
 class Dtvg(TuningMethod):
@@ -49,8 +51,11 @@ class Dtvg(TuningMethod):
         assert given.target is not None
         assert given.sources is not None
         n = len(given.sources)
-        if options.strategy == "exact" and n > EXACT_LIMIT:
-            raise OptionsError(f"the strategy exact takes at most {EXACT_LIMIT} sources, and here are {n}; use greedy")
+        limit = LIMITS.get(options.strategy, n)
+        if n > limit:
+            raise OptionsError(
+                f"the strategy {options.strategy} takes at most {limit} sources, and here are {n}; use greedy"
+            )
         if options.center and given.center is None:
             raise OptionsError("`center` needs the mean pooled vector of a reference pool, and none is given")
         self.options = options
@@ -136,7 +141,7 @@ class Dtvg(TuningMethod):
                 min_similarity=options.min_similarity,
                 trace_size=0,
             ).members
-        except ValueError as error:  # options and shapes do fit
+        except ValueError as error:  # options, shapes and the number of sources do fit
             raise TrainingDiverged(self.step, "similarity of a source") from error
 
     def _mix(self, members: tuple[int, ...]) -> Tensor:

@@ -31,7 +31,7 @@ from tpv.methods import MptOptions
 from tpv_worker.backbone import IGNORED, Backbone, Predictions, Prompt
 from tpv_worker.checkpoints import Checkpoints
 from tpv_worker.data import Example, Task
-from tpv_worker.errors import OptionsError
+from tpv_worker.errors import OptionsError, TrainingDiverged
 from tpv_worker.methods.protocol import Given, Report, Snapshot, TuningMethod
 from tpv_worker.training import train
 
@@ -55,21 +55,27 @@ class Mpt(TuningMethod):
     def prepare(
         self, tasks: Sequence[Task], source_tasks: Sequence[Task], report: Report, checkpoints: Checkpoints
     ) -> None:
-        """The source stage, by the same loop; its last step counts. Its reports have the key `stage`."""
+        """The source stage, by the same loop; its last step counts. Its reports have the key `stage`.
+
+        Raises OptionsError for a source without a data set, TrainingDiverged with a step of this stage.
+        """
         if len(source_tasks) != len(self.teachers):
             raise OptionsError(f"{len(self.teachers)} sources need a data set each; there are {len(source_tasks)}")
         options = self.options
         if options.source_steps:
             sources = SourceStage(options, self.given.initialization, self.teachers, self.given.seed)
-            result = train(
-                self.given.backbone,
-                sources,
-                [replace(task, validation=()) for task in source_tasks],
-                options=options.model_copy(update={"steps": options.source_steps, "stop_below": None}),
-                seed=self.given.seed,
-                report=lambda event: report({**event, "stage": "sources"}),
-                checkpoints=checkpoints,
-            )
+            try:
+                result = train(
+                    self.given.backbone,
+                    sources,
+                    [replace(task, validation=()) for task in source_tasks],
+                    options=options.model_copy(update={"steps": options.source_steps, "stop_below": None}),
+                    seed=self.given.seed,
+                    report=lambda event: report({**event, "stage": "sources"}),
+                    checkpoints=checkpoints,
+                )
+            except TrainingDiverged as error:  # its step is none of the target's
+                raise TrainingDiverged(error.step, "source stage's loss or prompt") from error
             with torch.no_grad():
                 self.P.copy_(sources.P)
                 self.u.copy_(sources.u.mean(dim=0))

@@ -307,6 +307,14 @@ def test_rows_that_do_not_fit_are_found_before_training(client: Client, model_pa
     assert "progress" not in {event.type for event in job.events()}
 
 
+def test_a_training_that_diverges_is_not_tried_again(client: Client, model_paths: Models) -> None:
+    """At such a rate the second step's weight decay is beyond the range of float32."""
+    job = training(client, model_paths["decoder-only"], **FAST | {"learning_rate": 1e30})
+    with pytest.raises(JobFailed, match=r"training diverged: .* lower the learning rate") as caught:
+        job.wait(timeout=60)
+    assert [(a.state, a.reason) for a in caught.value.job.attempts] == [("failed", "nan-loss")]
+
+
 def test_another_model_than_the_initializations_is_refused(client: Client, model_paths: Models) -> None:
     model, space = model_paths["decoder-only"], "other"
     client.initializations.create(

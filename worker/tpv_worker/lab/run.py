@@ -6,6 +6,7 @@ sources, then runs each target's transfers, and reads the figures off the regist
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Contender:
     """What differs from TUNING and TARGET_STEPS."""
     datasets: bool = False
     """It reads the sources' data, too."""
+    mixed: bool = False
+    """Its one source is a prompt tuned on the mixed data of all."""
 
 
 _SCALES = {"target_scale_learning_rate": 0.05, "source_scale_learning_rate": 0.05}
@@ -65,7 +68,8 @@ CONTENDERS: Mapping[str, Contender] = {
     "dtvg-prefix": Contender(method="dtvg", options=_SCALES | {"strategy": "prefix"}),
     "dtvg-centered": Contender(method="dtvg", options=_SCALES | {"center": True}),
     "dtvg-prefix-centered": Contender(method="dtvg", options=_SCALES | {"strategy": "prefix", "center": True}),
-    "spot-multitask": Contender(method="spot-multitask", options={}, datasets=True),
+    # Generic transfer: tuned on from one prompt for the sources together, which is the sum of one vector.
+    "spot-multitask": Contender(method="tpv-sum", options={}, mixed=True),
     "attempt": Contender(method="attempt", options={}),
     "mpt": Contender(method="mpt", options={"source_steps": SOURCE_STEPS}, datasets=True),
     # With TUNING's epsilon the update of the embeddings would hardly move.
@@ -113,6 +117,9 @@ class SeedFigures:
     targets: dict[str, TargetFigures]
 
 
+_Jobs = dict[tuple[Task | str, str], tpv.Job]
+
+
 def run(
     client: tpv.Client,
     *,
@@ -132,17 +139,20 @@ def run(
     lab = _Lab(client, seed, shots)
     centred = any(CONTENDERS[name].options.get("center") for name in contenders)
     others = [name for name in contenders if name != "prompt-tuning"]
-    first = {(task, "source"): lab.tune_source(task) for task in (*sources, *(reference if centred else ()))}
+    first: _Jobs = {(task, "source"): lab.tune_source(task) for task in (*sources, *(reference if centred else ()))}
     first |= {(task, "prompt-tuning"): lab.start(task, "prompt-tuning", {}) for task in targets}
+    mixing = any(CONTENDERS[name].mixed for name in contenders)
+    if mixing:
+        first["sources", "mixed"] = lab.tune_mixed(sources)
     _follow(first, f"seed {seed}: sources and the targets' own prompts")
 
     candidates = {task: str(first[task, "source"].result) for task in sources}
+    mixed = {sources[0]: str(first["sources", "mixed"].result)} if mixing else {}
     pool = [str(first[task, "source"].result) for task in reference] if centred else []
-    jobs = {
-        (task, name): lab.start(task, name, candidates, str(first[task, "prompt-tuning"].result), pool)
-        for task in targets
-        for name in others
-    }
+    jobs: _Jobs = {}
+    for task, name in itertools.product(targets, others):
+        of = mixed if CONTENDERS[name].mixed else candidates
+        jobs[task, name] = lab.start(task, name, of, str(first[task, "prompt-tuning"].result), pool)
     _follow(jobs, f"seed {seed}: everything else on the targets")
 
     similarity = {"cosine": client.similarity.matrix(candidates.values(), metric="cosine").matrix}
@@ -214,6 +224,19 @@ class _Lab:
             **{**TUNING, "learning_rate": SOURCE_RATE, "steps": SOURCE_STEPS, "evaluate_every": SOURCE_STEPS},
         )
 
+    def tune_mixed(self, tasks: Sequence[Task]) -> tpv.Job:
+        """One prompt for all tasks, whose vector is of no single one."""
+        first, *others = map(self.dataset, tasks)
+        return self.client.jobs.tune(
+            method="spot-multitask",
+            dataset=first,
+            datasets=others,
+            initialization=self.initialization,
+            output=f"{NAMESPACE}/mixed-{self.seed}",
+            seed=self.seed,
+            **{**TUNING, "learning_rate": SOURCE_RATE, "steps": SOURCE_STEPS, "evaluate_every": SOURCE_STEPS},
+        )
+
     def start(
         self,
         task: Task,
@@ -251,7 +274,7 @@ class _Lab:
         return self.client.jobs.transfer(sources=[*sources.values()], **asked)
 
 
-def _follow(jobs: Mapping[tuple[Task, str], tpv.Job], what: str) -> None:
+def _follow(jobs: _Jobs, what: str) -> None:
     """Waits for the jobs with one bar for all of them; raises JobFailed for the first one that does not succeed.
 
     Workers take them in this order, so it is enough to listen to one after the other.
@@ -262,7 +285,7 @@ def _follow(jobs: Mapping[tuple[Task, str], tpv.Job], what: str) -> None:
         for (task, name), job in jobs.items():
             for event in job.events(follow=True):
                 if event.type == "progress":
-                    now = f"{task.name} {name}: step {event.data['step']}, loss {event.data['loss']:.3f}"
+                    now = f"{task} {name}: step {event.data['step']}, loss {event.data['loss']:.3f}"
                     bars.update(bar, now=now)
             job.wait()
             bars.advance(bar)

@@ -285,7 +285,10 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.domain not in DOMAIN_NAMES or self.skill not in SKILL_NAMES or self.label_words not in LABEL_PAIRS:
-            raise ValueError(f"no such task in the world of the lab: {self}")
+            raise ValueError(f"no such task in the world of the lab: {self!r}")
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def name(self) -> str:

@@ -231,6 +231,8 @@ class Postgres:
             "port": str(_PORT),
             "unix_socket_directories": str(self._socket_dir),
             "unix_socket_permissions": "0700",
+            # An index is built by one process and up to two more: they leave a core to those who register meanwhile.
+            "max_parallel_maintenance_workers": str(min(2, max(0, (os.cpu_count() or 1) - 2))),
         }
         if not self._durable:
             options |= dict.fromkeys(("fsync", "synchronous_commit", "full_page_writes"), "off")

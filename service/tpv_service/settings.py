@@ -42,7 +42,9 @@ class Settings(BaseSettings):
     upload_limit: ByteSize = ByteSize(64 * 1024**2)  #: of one request's body
 
     cache_directory: Path | None = None  #: copies of vectors for searching; none: a temporary one, made anew every time
-    search_index_above: int = Field(40_000_000, ge=1, description="Vectors times width, from which one gets an index.")
+    search_index_above: int = Field(
+        40_000_000, ge=1, description="Vectors times width from which an index may be made."
+    )
     search_index_memory: ByteSize = ByteSize(512 * 1024**2)  #: that building an index may take in the database
 
     stalled_after: timedelta = timedelta(seconds=30)  #: a worker is lost when its heartbeat is older

@@ -89,7 +89,7 @@ class SearchRequest(Request):
         False, description="Compare vectors of other initializations of the same base model and shape too."
     )
     accuracy: Literal["auto", "exact", "approximate"] = Field(
-        "auto", description="approximate asks the index (`dot` alone); auto does where that is faster and possible."
+        "auto", description="approximate asks the index (`dot` alone); auto does where to compare all takes far longer."
     )
     ef_search: int = Field(200, ge=1, le=1000, description="How thoroughly the index is searched.")
 

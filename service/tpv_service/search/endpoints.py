@@ -165,13 +165,15 @@ async def _by_index(
         raise Conflict(
             "an index is of a whole initialization, not of named candidates; ask with accuracy auto or exact"
         )
+    if asked.accuracy == "auto" and pool.size * width < indexes.WORTH * family.above:
+        return None
     ready = await family.ready(session, query.initialization, len(snapshot))
     if asked.accuracy == "approximate" and not ready:
         raise Conflict(
             "there is no index for this initialization (yet): it is made some time after the first search in "
             f"{family.above // width} or more vectors; ask with accuracy auto or exact"
         )
-    if not ready or (asked.accuracy == "auto" and pool.size * width < family.above):
+    if not ready:
         return None
     count = indexes.shortlist(width, asked.k)
     # Beyond the widest that is indexed as it is, the index ranks roughly: what is compared exactly decides.

@@ -1,7 +1,7 @@
 """Approximate search in large families: an HNSW index of pgvector for each, built beside everything else.
 
 Recall is that of the index; the similarities in an answer are exact, for what the index finds is compared again with
-the vectors themselves. Below the width where a family's copy is multiplied as fast, there is no index.
+the vectors themselves. Where a family's copy is multiplied as fast, there is no index.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ log = structlog.get_logger()
 
 _LOCK = 4_927_113_802  #: any number that only the building of these indexes locks
 VECTOR_WIDTH, HALF_WIDTH = 2000, 4000  #: the widest that pgvector's HNSW takes of `vector` and of `halfvec`
+WORTH = 10  #: times the size from which there may be an index: up to there to compare all is as fast, and exact
 _HALF_LARGEST = 65_504  #: the largest number of half precision
 
 

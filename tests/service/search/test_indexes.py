@@ -80,6 +80,15 @@ async def test_an_index_is_built_and_gives_what_the_exact_search_gives(client, d
     assert kind in rows[0][0]
 
 
+async def test_auto_compares_all_where_an_index_is_no_faster(client, monkeypatch):
+    await fill(client, 8)
+    await approximate(client)
+    assert not (await client.similarity.search("q", k=5)).pool.exact
+
+    monkeypatch.setattr("tpv_service.search.indexes.WORTH", 8 * COUNT + 1)  # times `above`, which is 1 here
+    assert (await client.similarity.search("q", k=5)).pool.exact
+
+
 @pytest.mark.parametrize("width", [2001, 4096])
 async def test_of_a_wide_pool_the_part_that_the_index_gives_has_the_best(client, width):
     """Fifty clusters of eight vectors, queries of each; 4096, as wide as Llama-3-8B, is more than an index takes."""

@@ -51,7 +51,7 @@ def upgrade(database_url: str, revision: str = "head") -> None:
         with engine.begin() as connection:
             for table in ("versions", "changes"):
                 ahead = "txid >= pg_snapshot_xmax(pg_current_snapshot())"
-                connection.execute(text(f"update {table} set txid = default where {ahead}"))  # noqa: S608
+                connection.execute(text(f"update {table} set txid = default where {ahead}"))  # noqa: S608 # names of our own
     finally:
         engine.dispose()
 

@@ -26,7 +26,7 @@ def test_the_lab_fills_a_registry_and_says_what_came_out(up: Callable[..., Up], 
     running = up(workers=1, environment={"TPV_THREADS": "1"})
     stored = tmp_path / "figures.json"
     options = ["--sources", "movie-tense-plus,hotel-tense-plus,music-tense-minus", "--targets", "phone-tense-plus"]
-    options += ["--methods", "prompt-tuning,tpv-sum,dtvg", "--shots", "16", "--json", str(stored)]
+    options += ["--methods", "prompt-tuning,tpv-sum,spot-multitask,dtvg", "--shots", "16", "--json", str(stored)]
 
     ended = lab(running.url, *options)
 
@@ -34,11 +34,14 @@ def test_the_lab_fills_a_registry_and_says_what_came_out(up: Callable[..., Up], 
     assert "phone-tense-plus" in ended.stdout
     [seed] = json.loads(stored.read_text())["seeds"]
     figures = seed["targets"]["phone-tense-plus"]["methods"]
-    assert [*figures] == ["prompt-tuning", "tpv-sum", "dtvg"]
+    assert [*figures] == ["prompt-tuning", "tpv-sum", "spot-multitask", "dtvg"]
     assert set(figures["dtvg"]["group"]) <= set(seed["sources"])
     assert figures["dtvg"]["target_steps"] > figures["prompt-tuning"]["target_steps"]  # both stages count
     with tpv.Client(running.url) as client:
         assert client.vectors.get(figures["dtvg"]["result"]).method == "dtvg"
+        made_from = client.vectors.get(figures["spot-multitask"]["result"]).parents
+        assert [parent.reference for parent in made_from] == ["lab/mixed-0:1"]
+        assert client.vectors.get("lab/mixed-0").method == "spot-multitask"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ import psutil
 import psycopg
 
 from tpv_service.embedded import EmbeddedError
-from tpv_service.embedded.processes import Account, ProcessGroup, last_line, stop
+from tpv_service.embedded.processes import Account, ProcessGroup, cores, last_line, stop
 
 MAJOR = 18
 SYSTEM_USER = "tpv-postgres"  #: runs the database when we are root; PostgreSQL itself refuses to
@@ -232,7 +232,7 @@ class Postgres:
             "unix_socket_directories": str(self._socket_dir),
             "unix_socket_permissions": "0700",
             # An index is built by one process and up to two more: they leave a core to those who register meanwhile.
-            "max_parallel_maintenance_workers": str(min(2, max(0, (os.cpu_count() or 1) - 2))),
+            "max_parallel_maintenance_workers": str(min(2, max(0, cores() - 2))),
         }
         if not self._durable:
             options |= dict.fromkeys(("fsync", "synchronous_commit", "full_page_writes"), "off")

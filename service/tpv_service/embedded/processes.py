@@ -119,6 +119,11 @@ def stop(process: subprocess.Popen[bytes], *, first: signal.Signals, patience: f
         process.wait()
 
 
+def cores() -> int:
+    """Those that this process and its children may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def bound_log(log: Path) -> None:
     """Moves the content of a long log aside. Its writers go on: they append to the same, now empty, file."""
     if log.exists() and log.stat().st_size > _LOG_LIMIT:

@@ -32,7 +32,7 @@ import platformdirs
 
 from tpv_service.embedded import EmbeddedError
 from tpv_service.embedded.postgres import Postgres, make_data_dir
-from tpv_service.embedded.processes import ProcessGroup, bound_log, last_line
+from tpv_service.embedded.processes import ProcessGroup, bound_log, cores, last_line
 from tpv_service.server import is_loopback, listen, url_of
 
 _TICK = 0.2  # seconds between two looks at the children
@@ -100,8 +100,8 @@ def up(data_dir: Path, *, host: str, port: int, workers: int, model_directories:
         if model_directories:
             worker_settings["MODEL_DIRECTORIES"] = os.pathsep.join(str(path.resolve()) for path in model_directories)
         fleet = [_Child(f"worker-{n}", ["tpv_worker"], worker_settings, group) for n in range(1, workers + 1)]
-        for child in fleet:  # each takes all cores otherwise, and with more threads than cores all wait for each other
-            child.env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+        for child in fleet if workers > 1 else ():  # each takes all cores otherwise, and they wait for each other
+            child.env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
 
         signals.children = [api, *fleet]
         try:

@@ -170,7 +170,7 @@ async def _by_index(
     ready = await family.ready(session, query.initialization, len(snapshot))
     if asked.accuracy == "approximate" and not ready:
         raise Conflict(
-            "there is no index for this initialization (yet): it is made some time after the first search in "
+            "there is no index for this initialization (yet): it is made some time after it is first asked for, in "
             f"{family.above // width} or more vectors; ask with accuracy auto or exact"
         )
     if not ready:

@@ -9,14 +9,12 @@ from uuid import UUID
 
 import numpy as np
 import pytest
-from fastapi import FastAPI
 
 import tpv
 from tpv_service.db import create_reading_engine, create_sessionmaker
 from tpv_service.registry.queries import resolve_initialization
 from tpv_service.search import families
 from tpv_service.search.family import Family
-from tpv_service.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -36,32 +34,44 @@ async def two(client: tpv.AsyncClient) -> list[UUID]:
     return [initialization.id for initialization in made]
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[UUID]:
+    """The families in the order in which copies of them are opened."""
+    opened = []
+
+    class Opened(Family):
+        def __init__(self, path: Path, width: int, source: str) -> None:
+            opened.append(UUID(path.name))
+            super().__init__(path, width, source)
+
+    monkeypatch.setattr(families, "Family", Opened)
+    return opened
+
+
 async def found(client: tpv.AsyncClient, name: str) -> list[str]:
     return [hit.reference for hit in (await client.similarity.search(f"{name}-0", k=10)).hits]
 
 
 async def test_the_family_not_asked_for_longest_is_closed_and_read_again_when_it_is_asked_for(
-    client: tpv.AsyncClient, app: FastAPI, two: list[UUID], monkeypatch: pytest.MonkeyPatch
+    client, two, opened, monkeypatch
 ):
     monkeypatch.setattr(families, "_ROWS_HELD", 6)
     one, other = two
-    held = app.state["families"]._open  # type: ignore[index]
     before = await found(client, "one")
     await found(client, "other")
-    assert list(held) == [other]
+    await found(client, "other")
+    assert opened == [one, other]
     await client.vectors.register("new", vector=np.full((2, 4), 100, np.float32), initialization="one")
     await client.vectors.delete("one-2")
 
     assert before == ["default/one-3:1", "default/one-2:1", "default/one-1:1"]
     assert await found(client, "one") == ["default/new:1", "default/one-3:1", "default/one-1:1"]
-    assert list(held) == [one]
+    assert opened == [one, other, one]
 
 
-async def test_a_family_is_not_closed_while_another_query_is_at_it(
-    app: FastAPI, settings: Settings, two: list[UUID], monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_family_is_not_closed_while_another_query_is_at_it(app, settings, two, opened, monkeypatch):
     """Opened again meanwhile, two copies would write the same files."""
-    turns, opened = asyncio.Semaphore(0), []
+    turns = asyncio.Semaphore(0)
     catch_up = families._catch_up
 
     async def in_turn(session: Any, initialization: UUID, family: Family) -> bool:
@@ -69,19 +79,13 @@ async def test_a_family_is_not_closed_while_another_query_is_at_it(
             await turns.acquire()
         return await catch_up(session, initialization, family)
 
-    class Opened(Family):
-        def __init__(self, path: Path, width: int, source: str) -> None:
-            opened.append(UUID(path.name))
-            super().__init__(path, width, source)
-
     monkeypatch.setattr(families, "_ROWS_HELD", 0)
     monkeypatch.setattr(families, "_catch_up", in_turn)
-    monkeypatch.setattr(families, "Family", Opened)
     engine = create_reading_engine(settings)
     async with create_sessionmaker(engine)() as session:
         one, other = [await resolve_initialization(session, name) for name in ("one", "other")]
     await engine.dispose()
-    current = app.state["families"].current  # type: ignore[index]
+    current = app.state["families"].current
     async with asyncio.timeout(20), asyncio.TaskGroup() as queries:
         first, second = [queries.create_task(current(one)) for _ in range(2)]
         await asyncio.sleep(0)  # both are begun

@@ -61,7 +61,7 @@ async def test_rows_of_an_older_cluster_are_not_new_for_ever(client, family, dat
         connection.execute("update versions set txid = '9000000000'")  # as a dump of a busier server brings them
         migrate.upgrade(database_url.replace("postgresql://", "postgresql+psycopg://"))
         (new,) = connection.execute(
-            "select count(*) from versions where txid >= pg_snapshot_xmin(pg_current_snapshot())"
+            "select count(*) from versions where txid >= pg_snapshot_xmax(pg_current_snapshot())"
         ).fetchone()
 
     assert new == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,5 +45,7 @@ def filled(client: Served, name: str, count: int, width: int, distribution: str 
     client.initializations.create(name, base_model=f"model-{name}", unpinned=True, tensor=start)
     fill(client, name, vectors(count, width, distribution), shown=False)
     with psycopg.connect(client.database_url, autocommit=True) as connection:
-        connection.execute("analyze")  # which autovacuum would do within a minute
+        connection.execute("vacuum analyze")  # which autovacuum would do within a minute
+        connection.execute("checkpoint")
+    os.sync()  # else the kernel writes back what filling has left half a minute later, and a registration's fsync waits
     return np.concatenate(list(vectors(count, width, distribution)))

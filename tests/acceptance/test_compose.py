@@ -29,6 +29,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pydantic import ByteSize, TypeAdapter
 from tests.service.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
 
 import tpv
@@ -54,7 +55,7 @@ ONE_SHOT = {"migrate", "queue-role"}
 #: Of the specification, what is used here; a key with a typo in it would be an error of Compose.
 SERVICE_KEYS = {
     *("build", "command", "depends_on", "deploy", "environment", "healthcheck", "image", "init", "ports", "profiles"),
-    *("pull_policy", "restart", "stop_grace_period", "volumes"),
+    *("pull_policy", "restart", "stop_grace_period", "shm_size", "volumes"),
 }
 HEALTHCHECK_KEYS = {"test", "interval", "timeout", "retries", "start_period"}
 CONDITIONS = {"service_started", "service_healthy", "service_completed_successfully"}
@@ -180,6 +181,11 @@ def test_dependencies_can_be_met() -> None:
     order = graphlib.TopologicalSorter({name: SERVICES[name].get("depends_on", {}) for name in SERVICES})
     started = list(order.static_order())
     assert started.index("postgres") < started.index("migrate") < started.index("api") < started.index("worker")
+
+
+def test_two_processes_that_build_an_index_have_the_memory_that_they_share() -> None:
+    given = TypeAdapter(ByteSize).validate_python(COMPOSE["services"]["postgres"]["shm_size"])
+    assert given > ServiceSettings.model_fields["search_index_memory"].default
 
 
 def test_volumes_are_declared_and_named() -> None:

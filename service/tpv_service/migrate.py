@@ -15,6 +15,12 @@ from sqlalchemy.pool import NullPool
 
 _HERE = Path(__file__).parent
 
+#: Give rows of a transaction that this cluster has not reached a present one.
+_RENEWALS = (
+    text("update versions set txid = default where txid >= pg_snapshot_xmax(pg_current_snapshot())"),
+    text("update changes set txid = default where txid >= pg_snapshot_xmax(pg_current_snapshot())"),
+)
+
 
 def config(database_url: str) -> Config:
     """Alembic's configuration: the scripts lie in the package when installed, in `migrations/` in a checkout."""
@@ -49,9 +55,8 @@ def upgrade(database_url: str, revision: str = "head") -> None:
     engine = create_engine(database_url, poolclass=NullPool)
     try:
         with engine.begin() as connection:
-            for table in ("versions", "changes"):
-                ahead = "txid >= pg_snapshot_xmax(pg_current_snapshot())"
-                connection.execute(text(f"update {table} set txid = default where {ahead}"))  # noqa: S608 # names of our own
+            for renewal in _RENEWALS:
+                connection.execute(renewal)
     finally:
         engine.dispose()
 

@@ -25,7 +25,7 @@ log = structlog.get_logger()
 
 _LOCK = 4_927_113_802  #: any number that only the building of these indexes locks
 VECTOR_WIDTH, HALF_WIDTH = 2000, 4000  #: the widest that pgvector's HNSW takes of `vector` and of `halfvec`
-WORTH = 25  #: times the size from which there may be an index: up to there to compare all takes some tenths of a second
+WORTH = 25  #: times the size from which there may be an index: below it, to compare all takes some tenths of a second
 _HALF_LARGEST = 65_504  #: the largest number of half precision
 
 

@@ -80,7 +80,7 @@ async def test_an_index_is_built_and_gives_what_the_exact_search_gives(client, d
     assert kind in rows[0][0]
 
 
-async def test_auto_compares_all_where_an_index_is_no_faster(client, monkeypatch):
+async def test_auto_compares_all_where_that_does_not_take_long(client, monkeypatch):
     await fill(client, 8)
     await approximate(client)
     assert not (await client.similarity.search("q", k=5)).pool.exact

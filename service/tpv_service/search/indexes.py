@@ -139,6 +139,8 @@ class Indexes:
                 # One that a crash has left half built cannot be used, nor made again under its name.
                 await session.execute(text(f"drop index concurrently if exists {name}"))
                 await session.execute(text(f"set maintenance_work_mem = '{self._memory // 1024}kB'"))
+                # Else gigabytes wait to be written, and a registration's commit behind them.
+                await session.execute(text("set backend_flush_after = '1MB'"))
                 await session.execute(
                     text(f"""
                         create index concurrently {name} on versions using hnsw ({indexed} {operators})
@@ -148,6 +150,7 @@ class Indexes:
                 log.info("built an index", initialization=str(initialization.id))
             finally:
                 await session.execute(text("reset maintenance_work_mem"))
+                await session.execute(text("reset backend_flush_after"))
                 await session.execute(text("select pg_advisory_unlock(:key)"), {"key": _LOCK})
 
     async def _is_valid(self, session: AsyncSession, initialization: UUID) -> bool:

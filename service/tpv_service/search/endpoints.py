@@ -97,10 +97,13 @@ async def _nearest(
 ) -> _Found:
     if asked.metric == "cosine-flat":
         return await _nearest_flat(request, session, query, pool, asked)
+    family, indexed = query.initialization.id, None
     if asked.metric == "dot":
         if asked.accuracy != "approximate" and (found := await run_in_threadpool(_by_sketch, query, pool, asked.k)):
             return found
-        if asked.accuracy != "exact" and (indexed := await _by_index(request, session, query, pool, asked)):
+        if asked.accuracy != "exact":
+            indexed = await _by_index(request, session, query, pool, asked)
+        if indexed and (asked.accuracy == "approximate" or request.state.indexes.trusted(family)):
             return indexed
     others = [*query.others, *pool.mixed]
     measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool, others)
@@ -109,7 +112,10 @@ async def _nearest(
     if asked.metric == "cosine-prompt" and pool.mixed:  # each soft prompt has a P_init of its own
         start, *others = await scores.starts(request, [query.initialization, *pool.mixed])
         measure, target, matrix = scores.Measure(metric="cosine"), target + start, matrix + np.array(others)
-    return await run_in_threadpool(_by_comparing_all, measure, target, matrix, pool.where, asked.k)
+    found = await run_in_threadpool(_by_comparing_all, measure, target, matrix, pool.where, asked.k)
+    if indexed:
+        request.state.indexes.tried(family, float(np.isin(found.rows, indexed.rows).mean()))
+    return found
 
 
 def _by_comparing_all(measure: scores.Measure, target: Float32, matrix: Float32, where: Mask, k: int) -> _Found:
@@ -165,7 +171,8 @@ async def _by_index(
         raise Conflict(
             "an index is of a whole initialization, not of named candidates; ask with accuracy auto or exact"
         )
-    if asked.accuracy == "auto" and pool.size * width < indexes.WORTH * family.above:
+    small = pool.size * width < indexes.WORTH * family.above
+    if asked.accuracy == "auto" and (small or family.trusted(query.initialization.id) is False):
         return None
     ready = await family.ready(session, query.initialization, len(snapshot))
     if asked.accuracy == "approximate" and not ready:

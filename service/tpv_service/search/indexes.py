@@ -26,6 +26,8 @@ log = structlog.get_logger()
 _LOCK = 4_927_113_802  #: any number that only the building of these indexes locks
 VECTOR_WIDTH, HALF_WIDTH = 2000, 4000  #: the widest that pgvector's HNSW takes of `vector` and of `halfvec`
 WORTH = 25  #: times the size from which there may be an index: below it, to compare all takes some tenths of a second
+TRIALS = 20  #: answers of an index that `auto` compares with exact ones before it trusts the index
+TRUSTED = 0.95  #: of the exact hits; among vectors that have no near neighbours, a graph finds hardly any
 _HALF_LARGEST = 65_504  #: the largest number of half precision
 
 
@@ -69,6 +71,7 @@ class Indexes:
         self._ready: set[UUID] = set()
         self._wanted: asyncio.Queue[InitializationRow] = asyncio.Queue()
         self._asked: set[UUID] = set()
+        self._trials: dict[UUID, list[float]] = {}
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Indexes]:
@@ -90,6 +93,24 @@ class Indexes:
             self._asked.add(initialization.id)
             self._wanted.put_nowait(initialization)
         return initialization.id in self._ready
+
+    def trusted(self, initialization: UUID) -> bool | None:
+        """Whether the index of a family finds what an exact search finds; None while that is being tried."""
+        trials = self._trials.get(initialization, ())
+        return None if len(trials) < TRIALS else sum(trials) / len(trials) >= TRUSTED
+
+    def tried(self, initialization: UUID, recall: float) -> None:
+        """Takes note of the share of an exact answer that the index of a family gave, too."""
+        trials = self._trials.setdefault(initialization, [])
+        if len(trials) < TRIALS:
+            trials.append(recall)
+            if len(trials) == TRIALS:
+                log.info(
+                    "compared an index with exact answers",
+                    initialization=str(initialization),
+                    recall=sum(trials) / len(trials),
+                    used=self.trusted(initialization),
+                )
 
     async def nearest(
         self, initialization: InitializationRow, pooled: Float32, *, count: int, ef_search: int

@@ -83,10 +83,34 @@ async def test_an_index_is_built_and_gives_what_the_exact_search_gives(client, d
 async def test_auto_compares_all_where_that_does_not_take_long(client, monkeypatch):
     await fill(client, 8)
     await approximate(client)
-    assert not (await client.similarity.search("q", k=5)).pool.exact
+    assert not (await after_the_trial(client)).pool.exact
 
     monkeypatch.setattr("tpv_service.search.indexes.WORTH", 8 * COUNT + 1)  # times `above`, which is 1 here
     assert (await client.similarity.search("q", k=5)).pool.exact
+
+
+async def test_auto_leaves_an_index_that_misses_what_exact_search_finds(client, monkeypatch):
+    await fill(client, 8)
+    exact = await client.similarity.search("q", k=5, accuracy="exact")
+    nearest = indexes.Indexes.nearest
+
+    async def others_than_the_best(*asked, **options):
+        return (await nearest(*asked, **options))[5:]
+
+    monkeypatch.setattr(indexes.Indexes, "nearest", others_than_the_best)
+    assert (await approximate(client, k=5)).hits != exact.hits
+
+    found = await after_the_trial(client)
+    assert found.pool.exact
+    assert found.hits == exact.hits
+
+
+async def after_the_trial(client: tpv.AsyncClient) -> SearchAnswer:
+    """An answer of `auto`, when it has compared the index with exact search, whose answers it gives until then."""
+    exact = await client.similarity.search("q", k=5, accuracy="exact")
+    for _ in range(indexes.TRIALS):
+        assert await client.similarity.search("q", k=5) == exact
+    return await client.similarity.search("q", k=5)
 
 
 @pytest.mark.parametrize("width", [2001, 4096])

@@ -6,7 +6,8 @@ Pools are registered with benchmarks/fill.py, each an initialization of its own 
 log-normal norms, and plain Gaussian as the worst case. Queries are registered vectors, drawn at random, top 10 by
 `dot`. The floor is one product of the matrix, in memory, with a vector; recall is of its ten largest numbers. FAISS is
 measured where it is installed (`pip install faiss-cpu`), in this process: a flat index and HNSW (M 16, efConstruction
-64, as pgvector's defaults). While the index of the service is being built, one registration after another is timed.
+64, as pgvector's defaults). While the index of the service is being built, one registration after another is timed;
+between them, as the floor of the disk, how long it takes to write and sync one small file.
 
 A pool of 1,000,000 takes about a quarter of an hour to fill, and longer to index; name it, and beside it a small one:
 `--pools 1000000x768,10000x768` shows what a family of 1 % costs in such a table. With `--no-indexes` none is built, and
@@ -16,9 +17,12 @@ exact search is measured alone.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -109,30 +113,54 @@ def nearest(matrix: NDArray[np.float32], row: int, among: slice = slice(None)) -
 
 
 def wait_for_index(client: Served, reference: str, name: str) -> bool:
-    """Whether the family gets an index; registers meanwhile, and says how long both took."""
-    began, times = time.perf_counter(), []
+    """Whether the family gets an index; registers meanwhile, and says how long all of it took."""
     width = client.initializations.get(name).token_dim
+    began, registered, synced = time.perf_counter(), [], []
     random = np.random.default_rng(2)
-    while True:
-        try:
-            client.similarity.search(reference, K, accuracy="approximate")
-        except errors.Conflict:
-            if not client.similarity.search(reference, K).pool.size * width >= 40_000_000:
-                return False
-        else:
-            break
-        for _ in range(10):
-            vector = random.normal(scale=1e-3, size=(1, width)).astype(np.float32)
-            start = time.perf_counter()
-            client.vectors.register("meanwhile", vector=vector, initialization=name)
-            times.append((time.perf_counter() - start) * 1e3)
-            time.sleep(0.1)
-    took = time.perf_counter() - began
-    print(f"  index built in {took:.0f} s", flush=True)
-    if times:
-        p50, p95, longest = np.percentile(times, (50, 95, 100))
-        print(f"  {len(times)} registrations meanwhile: p50 {p50:.0f} ms, p95 {p95:.0f} ms, longest {longest:.0f} ms")
+    with tempfile.TemporaryDirectory() as directory:
+        while True:
+            try:
+                client.similarity.search(reference, K, accuracy="approximate")
+            except errors.Conflict:
+                if not client.similarity.search(reference, K).pool.size * width >= 40_000_000:
+                    return False
+            else:
+                break
+            for _ in range(10):
+                vector = random.normal(scale=1e-3, size=(1, width)).astype(np.float32)
+                register = partial(client.vectors.register, "meanwhile", vector=vector, initialization=name)
+                registered.append(milliseconds(register))
+                time.sleep(0.05)
+                synced.append(milliseconds(partial(sync_small_file, Path(directory, str(len(synced))))))
+                time.sleep(0.05)
+    print(f"  index built in {time.perf_counter() - began:.0f} s", flush=True)
+    if registered:
+        show_times("registrations meanwhile", registered)
+        show_times("small files synced meanwhile", synced)
     return True
+
+
+def sync_small_file(path: Path) -> None:
+    """Makes a new file and its name durable, which is less than a registration waits for."""
+    with path.open("xb") as file:
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def show_times(name: str, times: list[float]) -> None:
+    p50, p95, longest = np.percentile(times, (50, 95, 100))
+    long = sum(took > 100 for took in times)
+    print(f"  {len(times)} {name}: p50 {p50:.0f} ms, p95 {p95:.0f}, longest {longest:.0f}, {long} over 100", flush=True)
 
 
 def show(

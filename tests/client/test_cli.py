@@ -337,7 +337,9 @@ def test_a_search_says_what_it_looked_at(run: Run, registry: Any, wire: Any) -> 
     assert sent(registry)["candidates"] == {"versions": "alias:best"}
 
     answer["pool"]["reference_pool"] = {"rule": "the references given", "size": 32}
-    assert "less the mean of 32 (the references given)" in run("similarity", "search", "rte").out
+    shown = run("similarity", "search", "rte", "--metric", "dot-centered", "--reference", "a", "--reference", "b").out
+    assert "less the mean of 32 (the references given)" in shown
+    assert sent(registry)["reference_pool"] == {"references": ["a", "b"]}
 
 
 def test_a_matrix_has_names_on_both_sides(run: Run, registry: Any, wire: Any) -> None:
@@ -345,11 +347,21 @@ def test_a_matrix_has_names_on_both_sides(run: Run, registry: Any, wire: Any) ->
               "order": [0, 1], "normalized": False,
               "initialization": pool(wire)["initialization"]}  # fmt: skip
     registry.on("POST /similarity/matrix", answer)
-    shown = run("similarity", "matrix", "a", "b").out.splitlines()
+    *shown, said = run("similarity", "matrix", "a", "b").out.splitlines()
     assert [row.split() for row in shown] == [["dot", "a:1", "b:1"], ["a:1", "1", "0.5"], ["b:1", "0.5", "2"]]
+    assert said == "2 vectors of initialization family"
 
     run("similarity", "matrix", "--task-type", "nli", "--initialization", "family")
     assert sent(registry) == {"filter": {"task_type": "nli", "initialization": "family"}, "metric": "dot"}
+
+    answer |= {"normalized": True, "reference_pool": {"rule": "the references given", "size": 32},
+               "mixed_initializations": [answer["initialization"] | {"name": "other"}]}  # fmt: skip
+    options = ["--metric", "cosine-centered", "--reference", "c", "--normalize"]
+    said = run("similarity", "matrix", "a", "b", *options).out.splitlines()[-1]
+    assert said == (
+        "2 vectors of initialization family and other, less the mean of 32 (the references given), mapped to 0 to 1"
+    )
+    assert sent(registry)["reference_pool"] == {"references": ["c"]}
 
 
 def test_a_group_shows_every_decision(run: Run, registry: Any, wire: Any) -> None:

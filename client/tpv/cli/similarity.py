@@ -10,7 +10,7 @@ import typer
 
 from tpv.cli.options import Json, Namespace, Versions, connect, pairs
 from tpv.cli.output import Output, plain
-from tpv.schemas.similarity import PoolEcho
+from tpv.schemas.similarity import MatrixAnswer, PoolEcho
 from tpv.similarity import Metric
 
 _SHOWN = 10  #: vectors left out that a sentence names
@@ -28,6 +28,15 @@ MixedOption = Annotated[
     bool,
     typer.Option("--allow-mixed-initializations", help="Also vectors of other initializations of the base model."),
 ]
+ReferenceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reference",
+        metavar="VECTOR",
+        help="For a centred metric: a vector of those whose mean is subtracted; repeatable. Default: the newest of "
+        "each vector of the initialization.",
+    ),
+]
 SameTask = Annotated[bool, typer.Option("--allow-same-task", help="Also vectors of the same task.")]
 
 
@@ -39,6 +48,7 @@ def search(
     ],
     k: Annotated[int, typer.Option("-k", "--k", min=1, max=1000, help="Hits at most.")] = 10,
     metric: MetricOption = "dot",
+    reference_pool: ReferenceOption = None,
     candidates: CandidateOptions = None,
     task: TaskOption = None,
     task_type: TaskTypeOption = None,
@@ -61,6 +71,7 @@ def search(
             query[0] if len(query) == 1 and "=" not in query[0] else _terms(query),
             k,
             metric=metric,
+            reference_pool=reference_pool or None,
             candidates=candidates or None,
             task=task,
             task_type=task_type,
@@ -92,6 +103,7 @@ def matrix(
         list[str] | None, typer.Argument(help="The vectors to compare; none: all that pass the filters.")
     ] = None,
     metric: MetricOption = "dot",
+    reference_pool: ReferenceOption = None,
     task: TaskOption = None,
     task_type: TaskTypeOption = None,
     namespace: Namespace = None,
@@ -108,6 +120,7 @@ def matrix(
         answer = client.similarity.matrix(
             references or None,
             metric=metric,
+            reference_pool=reference_pool or None,
             task=task,
             task_type=task_type,
             namespace=namespace,
@@ -128,6 +141,8 @@ def matrix(
         writer.writerows([["", *names], *rows])
         return
     out.table([], [answer.metric, *names], rows)
+    normalized = ", mapped to 0 to 1" if answer.normalized else ""
+    out.note(f"{len(names)} vectors of {_initializations(answer)}{_center(answer)}{normalized}")
 
 
 def _terms(arguments: list[str]) -> list[tuple[str, float]]:
@@ -146,8 +161,16 @@ def pool_line(pool: PoolEcho) -> str:
     """What a query looked at, in a sentence."""
     left_out = ", ".join(f"{plain(reference)} ({why})" for reference, why in list(pool.excluded.items())[:_SHOWN])
     more = f" and {pool.excluded_total - _SHOWN} more" if pool.excluded_total > _SHOWN else ""
-    initialization = pool.initialization.name or pool.initialization.fingerprint[:19]
-    among = f"among {pool.size} vectors of initialization {initialization} ({pool.rule}; {pool.how})"
-    if pool.reference_pool:
-        among += f", less the mean of {pool.reference_pool.size} ({pool.reference_pool.rule})"
+    among = f"among {pool.size} vectors of {_initializations(pool)} ({pool.rule}; {pool.how}){_center(pool)}"
     return f"{among}; left out: {left_out}{more}" if left_out else among
+
+
+def _initializations(answer: PoolEcho | MatrixAnswer) -> str:
+    rows = (answer.initialization, *answer.mixed_initializations)
+    return "initialization " + " and ".join(row.name or row.fingerprint[:19] for row in rows)
+
+
+def _center(answer: PoolEcho | MatrixAnswer) -> str:
+    """What a centred metric has subtracted."""
+    pool = answer.reference_pool
+    return f", less the mean of {pool.size} ({pool.rule})" if pool else ""

@@ -85,6 +85,7 @@ def dot(a: Array, b: Array) -> Array:
 def cosine(a: Array, b: Array) -> Array:
     """The cosine of the angle between pooled vectors, -1 to 1; 0 with a vector of zeros."""
     xp = array_namespace(a, b)
+    a, b = _with_largest_one(a), _with_largest_one(b)
     norms_a, norms_b = (xp.sqrt(xp.vecdot(x, x)) for x in (a, b))
     norms = norms_a[:, None] * norms_b if a.ndim == b.ndim == 2 else norms_a * norms_b
     values = dot(a, b) / xp.where(norms > 0, norms, xp.ones_like(norms))
@@ -118,6 +119,13 @@ def cosine_flat(a: Array, b: Array) -> Array:
     """The cosine over all r * d weights of vectors (r, d) or batches (n, r, d), as in Task Prompt Vectors."""
     xp = array_namespace(a, b)
     return cosine(*(xp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1])) for x in (a, b)))
+
+
+def _with_largest_one(vectors: Array) -> Array:
+    """Vectors (n, d) or (d,) scaled to a largest number of 1 or -1, so that no square overflows or vanishes."""
+    xp = array_namespace(vectors)
+    largest = xp.max(xp.abs(vectors), axis=-1, keepdims=True)
+    return vectors / xp.where(largest > 0, largest, xp.ones_like(largest))
 
 
 def _check(metric: Metric, center: Array | None, initialization: Array | None) -> None:

@@ -95,6 +95,15 @@ def test_a_cosine_does_not_see_lengths(a: np.ndarray, b: np.ndarray, factor: flo
         np.testing.assert_allclose(one, other, atol=1e-9)
 
 
+@pytest.mark.parametrize("factor", [1e-40, 1e-25, 1e20, 1e37])
+@pytest.mark.parametrize("metric", ["cosine", "cosine-flat"])
+def test_a_cosine_of_float32_whose_squares_are_none(metric: Any, factor: float) -> None:
+    a, b = np.random.default_rng(0).uniform(0.1, 1, size=(2, 3, 4))
+    expected = similarity.similarity(a, b, metric)  # type: ignore[arg-type]
+    found = similarity.similarity((factor * a).astype(np.float32), b.astype(np.float32), metric)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 @given(single, single, single, factors, factors)
 def test_it_is_bilinear(a: np.ndarray, b: np.ndarray, c: np.ndarray, x: float, y: float) -> None:
     together = similarity.similarity(x * a + y * b, c)

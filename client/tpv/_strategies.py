@@ -34,14 +34,16 @@ def greedy(products: Products, similarities: Floats, max_size: int, trade_off: f
     """
     members: list[int] = []
     group_sum = products.zero()
-    pair_sum = consistency = scale = 0.0
+    pair_sum = consistency = longest = second = 0.0  # the lengths are those of members
     rank, block = 0, 1
     while rank < len(similarities) and len(members) < max_size:
         ranks = np.arange(rank, min(rank + block, len(similarities)))
         size = len(members) + 1
-        added, squared_norms = products.with_sum(ranks, group_sum)
+        added, norms = products.with_sum(ranks, group_sum)
         after = 2 * (pair_sum + added) / max(1, size * (size - 1))  # Eq. 4; of one source the sum is 0
-        fits = after - consistency >= -products.tolerance * np.maximum(scale, squared_norms)
+        # The product of the two longest: no product of two different ones is larger, nor its rounding.
+        scale = np.maximum(longest, norms) * np.maximum(second, np.minimum(longest, norms))
+        fits = after - consistency >= -products.tolerance * scale
         first = int(fits.argmax())
         if not fits[first]:
             # Picking so many rows one by one would take longer than multiplying all.
@@ -50,7 +52,8 @@ def greedy(products: Products, similarities: Floats, max_size: int, trade_off: f
         members.append(rank + first)
         group_sum = group_sum + products.of_member(rank + first)
         pair_sum, consistency = pair_sum + float(added[first]), float(after[first])
-        scale = max(scale, float(squared_norms[first]))
+        norm = float(norms[first])
+        longest, second = max(longest, norm), max(second, min(longest, norm))
         rank, block = rank + first + 1, first + 1
     full = len(members) == max_size
     return Choice(np.asarray(members, dtype=np.int64), rank if full else len(similarities))
@@ -60,7 +63,11 @@ def prefix(products: Products, similarities: Floats, max_size: int, trade_off: f
     """A longer prefix is better only if its KC is higher by more than rounding; a single source counts 0."""
     ranks = np.arange(min(len(similarities), max_size))
     _, after = consistencies(products, ranks, np.ones(len(ranks), dtype=bool))
-    tolerance = products.tolerance * np.maximum.accumulate(products.squared_norms(ranks))
+    norms = products.norms(ranks)
+    longest = np.maximum.accumulate(norms)
+    # What is no longer than the longest before it may be the second, and so may that longest itself.
+    second = np.maximum.accumulate(np.minimum(norms, np.concatenate([[0.0], longest[:-1]])[: len(norms)]))
+    tolerance = products.tolerance * longest * second
     best, highest = 0, 0.0
     for rank, (value, rounding) in enumerate(zip(after.tolist(), tolerance.tolist(), strict=True)):
         if value - highest > rounding:
@@ -83,9 +90,9 @@ def exact(products: Products, similarities: Floats, max_size: int, trade_off: fl
     ranks = np.arange(n)
     gram = products.matrix(ranks, ranks).astype(np.float64)
     similarities = similarities.astype(np.float64)
-    rounding = products.tolerance * (
-        np.abs(similarities).max(initial=0) + trade_off * np.abs(np.diagonal(gram)).max(initial=0)
-    )
+    longest = np.sort(np.sqrt(np.diagonal(gram)))[-2:]  # no pair similarity is larger than the product of two lengths
+    pairs_scale = float(longest.prod()) if n > 1 else 0.0
+    rounding = products.tolerance * (np.abs(similarities).max(initial=0) + trade_off * pairs_scale)
     half = n // 2
     upper, lower = _subsets(half), _subsets(n - half)  # (2^k, k), ones and zeros
     upper_size, lower_size = upper.sum(axis=1).astype(int), lower.sum(axis=1).astype(int)
@@ -161,7 +168,7 @@ def best_pair(products: Products, similarities: Floats, max_size: int, trade_off
         highest.append(float(values[row, column]))
         if highest[-1] > value:
             value, pair = highest[-1], (first + int(row), first + int(column))
-    rounding = products.tolerance * float(products.squared_norms(np.asarray(pair)).max())
+    rounding = products.tolerance * float(products.norms(np.asarray(pair)).prod())
     if value <= rounding:
         return none
     first = next(first for first, found in zip(starts, highest, strict=True) if found >= value - rounding)
@@ -206,7 +213,7 @@ class Vectors:
     def __init__(self, sources: Floats, ranking: Ranks) -> None:
         self.sources, self.ranking = sources, ranking
         self.tolerance = 16 * float(np.finfo(sources.dtype).eps)
-        self._squares: Floats | None = None
+        self._norms: Floats | None = None
 
     def zero(self) -> Floats:
         """The sum g of no members."""
@@ -217,26 +224,26 @@ class Vectors:
         return np.asarray(self.sources[self.ranking[rank]])
 
     def with_sum(self, ranks: Ranks, group_sum: Floats) -> tuple[Floats, Floats]:
-        """s . g and s . s of each of these sources s, (k,) and (k,)."""
+        """s . g and the length |s| of each of these sources s, (k,) and (k,)."""
         group_sum = group_sum.astype(self.sources.dtype)
         if len(ranks) > len(self.sources) // 16:  # reading all rows in their order is quicker than picking these
-            added, squares = self._all_with_sum(group_sum)
-            return added[self.ranking[ranks]], squares[self.ranking[ranks]]
+            added, norms = self._all_with_sum(group_sum)
+            return _finite(added[self.ranking[ranks]]), _finite(norms[self.ranking[ranks]])
         rows = self.sources[self.ranking[ranks]]
-        return np.vecdot(rows, group_sum).astype(np.float64), np.vecdot(rows, rows).astype(np.float64)
+        return _finite(np.vecdot(rows, group_sum).astype(np.float64)), self.norms(ranks)
 
     def _all_with_sum(self, group_sum: Floats) -> tuple[Floats, Floats]:
-        """s . g and s . s of every source s, (n,) and (n,); the squares are taken once, while the rows are read."""
-        added, squares = np.empty(len(self.sources)), self._squares
-        if squares is None:
-            squares = np.empty(len(self.sources))
+        """s . g and |s| of every source s, (n,) and (n,); the lengths are taken once, while the rows are read."""
+        added, norms = np.empty(len(self.sources)), self._norms
+        if norms is None:
+            norms = np.empty(len(self.sources))
         for first in range(0, len(self.sources), BLOCK):
             rows = self.sources[first : first + BLOCK]
             added[first : first + BLOCK] = np.vecdot(rows, group_sum)
-            if self._squares is None:
-                squares[first : first + BLOCK] = np.vecdot(rows, rows)
-        self._squares = squares
-        return added, squares
+            if self._norms is None:
+                norms[first : first + BLOCK] = np.sqrt(np.vecdot(rows, rows))
+        self._norms = norms
+        return added, norms
 
     def with_sums_before(self, ranks: Ranks, inside: NDArray[np.bool_]) -> Floats:
         """s . g of each of these sources s, (k,), where g is the sum of those before it that are `inside`."""
@@ -250,23 +257,23 @@ class Vectors:
             members_before: Ranks = np.cumsum(joins) - joins
             added.append(np.vecdot(rows, np.asarray(sums, dtype=rows.dtype)[members_before]))
             group_sum = sums[-1]
-        return np.concatenate(added)
+        return _finite(np.concatenate(added))
 
-    def squared_norms(self, ranks: Ranks) -> Floats:
+    def norms(self, ranks: Ranks) -> Floats:
         blocks = (self.sources[self.ranking[ranks[first : first + BLOCK]]] for first in range(0, len(ranks), BLOCK))
-        return np.concatenate([np.zeros(0), *(np.vecdot(rows, rows) for rows in blocks)])
+        return _finite(np.concatenate([np.zeros(0), *(np.sqrt(np.vecdot(rows, rows)) for rows in blocks)]))
 
     def matrix(self, rows: Ranks, columns: Ranks) -> Floats:
         """`result[i, j]` is the product of the i-th of `rows` with the j-th of `columns`."""
-        return np.asarray(self.sources[self.ranking[rows]] @ self.sources[self.ranking[columns]].T)
+        return _finite(np.asarray(self.sources[self.ranking[rows]] @ self.sources[self.ranking[columns]].T))
 
 
 class Gram:
     """The same where all products are known: a look-up each. Here g is the sum of the members' rows of the matrix."""
 
-    def __init__(self, gram: Floats, ranking: Ranks) -> None:
+    def __init__(self, gram: Floats, ranking: Ranks, eps: float) -> None:
         self.gram, self.ranking = gram, ranking
-        self.tolerance = 16 * float(np.finfo(gram.dtype).eps)
+        self.tolerance = 16 * eps
 
     def zero(self) -> Floats:
         return np.zeros(len(self.gram))
@@ -275,16 +282,22 @@ class Gram:
         return np.asarray(self.gram[self.ranking[rank]])
 
     def with_sum(self, ranks: Ranks, group_sum: Floats) -> tuple[Floats, Floats]:
-        return group_sum[self.ranking[ranks]], self.squared_norms(ranks)
+        return _finite(group_sum[self.ranking[ranks]]), self.norms(ranks)
 
     def with_sums_before(self, ranks: Ranks, inside: NDArray[np.bool_]) -> Floats:
         return np.asarray(np.tril(self.matrix(ranks, ranks).astype(np.float64) * inside, k=-1).sum(axis=1))
 
-    def squared_norms(self, ranks: Ranks) -> Floats:
-        return np.asarray(self.gram.diagonal()[self.ranking[ranks]], dtype=np.float64)
+    def norms(self, ranks: Ranks) -> Floats:
+        return _finite(np.sqrt(self.gram.diagonal()[self.ranking[ranks]].astype(np.float64)))
 
     def matrix(self, rows: Ranks, columns: Ranks) -> Floats:
-        return np.asarray(self.gram[np.ix_(self.ranking[rows], self.ranking[columns])])
+        return _finite(np.asarray(self.gram[np.ix_(self.ranking[rows], self.ranking[columns])]))
+
+
+def _finite(products: Floats) -> Floats:
+    if not np.isfinite(products).all():
+        raise ValueError("products of the sources leave the range of their dtype: scale the vectors or use float64")
+    return products
 
 
 Products = Vectors | Gram

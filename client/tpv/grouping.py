@@ -9,8 +9,8 @@ sums, so a source costs one product, and no (n, n) matrix is made. Of other arra
 live, and n + n * n numbers come to the host, once.
 
 Equal similarities rank by `tie_order`. Values of KC whose difference is at most 16 * eps * scale are equal, with the
-eps of the dtype and the largest squared norm among the sources concerned as scale: so far may rounding reach, and
-neither copies of a source nor the array library should change a decision.
+eps of the dtype and the product of the two largest norms among the sources concerned as scale: so far may rounding
+reach, and neither copies of a source nor the array library should change a decision.
 """
 
 from __future__ import annotations
@@ -134,9 +134,10 @@ def group(
     bound = rule.min_similarity if min_similarity is None else min_similarity
 
     found, gram = _to_host(target, sources, similarities)
+    eps = float(array_namespace(sources).finfo(sources.dtype).eps)
     ranking = _ranking(found, where, tie_order)
     ranked = found[ranking]
-    products: Products = Vectors(np.asarray(sources), ranking) if gram is None else Gram(gram, ranking)
+    products: Products = Vectors(np.asarray(sources), ranking) if gram is None else Gram(gram, ranking, eps)
     candidates = int(np.count_nonzero(ranked >= bound))  # the first of the ranking
     choice = rule.choose(products, ranked[:candidates], n if max_size is None else max_size, trade_off)
 
@@ -176,8 +177,6 @@ def group(
     target_similarity = sum(decision.similarity for decision in members) / max(1, len(members))
     consistency = members[-1].consistency_after if members else 0.0
     objective = target_similarity + trade_off * consistency
-    if not np.isfinite(objective):
-        raise ValueError(f"the group's products are not finite in {found.dtype}: scale the vectors or use float64")
     return Grouping(
         members=tuple(decision.index for decision in members),
         target_similarity=target_similarity,
@@ -222,7 +221,9 @@ def _to_host(target: Array, sources: Array, similarities: Array | None) -> tuple
     xp = array_namespace(target, sources)
     similarities = dot(sources, target) if similarities is None else xp.astype(similarities, sources.dtype)
     together = xp.concat([similarities[:, None], dot(sources, sources)], axis=1)  # (n, 1 + n)
-    host = np.asarray(together.cpu() if hasattr(together, "cpu") else together)
+    if hasattr(together, "detach"):  # of torch, where NumPy takes neither what has a gradient nor bfloat16
+        together = together.detach().cpu().double()
+    host = np.asarray(together)
     return host[:, 0], host[:, 1:]
 
 

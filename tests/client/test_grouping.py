@@ -31,8 +31,9 @@ def TS(sources: list[np.ndarray], t: np.ndarray) -> float:  # noqa: N802 # Eq. 3
 
 
 def rounding(sources: list[np.ndarray]) -> float:
-    """How far KC may be off: the tie rule of DESIGN, written out."""
-    return float(16 * np.finfo(sources[0].dtype).eps * max(sim(s, s) for s in sources))
+    """How far KC may be off: the eps of the dtype, times the product of the two longest of these."""
+    lengths = sorted(np.sqrt(sim(s, s)) for s in sources)
+    return float(16 * np.finfo(sources[0].dtype).eps * np.prod(lengths[-2:])) if len(lengths) > 1 else 0.0
 
 
 def ranking(t: np.ndarray, S: np.ndarray) -> list[int]:
@@ -66,9 +67,9 @@ def optimum(t: np.ndarray, S: np.ndarray, trade_off: float, max_size: int) -> li
     subsets = [[*subset] for size in range(min(len(S), max_size) + 1) for subset in combinations(ranked, size)]
     values = [TS([S[i] for i in subset], t) + trade_off * KC([S[i] for i in subset]) for subset in subsets]
     off = (
-        16
-        * np.finfo(S.dtype).eps
-        * (max([0.0, *(abs(sim(t, s)) for s in S)]) + trade_off * max([0.0, *(sim(s, s) for s in S)]))
+        16 * np.finfo(S.dtype).eps * max([0.0, *(abs(sim(t, s)) for s in S)]) + trade_off * rounding([*S])
+        if len(S)
+        else 0
     )
     return next(subset for subset, value in zip(subsets, values, strict=True) if value >= max(values) - off)
 
@@ -109,6 +110,28 @@ def instances(count: int, dtype: Any = np.float64) -> Iterator[tuple[np.ndarray,
 
 
 # Strategies.
+
+
+def test_one_long_vector_does_not_hide_what_the_others_do() -> None:
+    t = np.array([1, 0], dtype=np.float32)
+    S = np.array([[1, 0], [1, 0], [0, 1000]], dtype=np.float32)
+    assert group(t, S).members == (0, 1)
+    assert group(t, S, strategy="prefix").members == (0, 1)
+    assert group(t, S, strategy="exact").members == (0, 1)
+    assert group(t, np.array([[1e4, 0], [1e-3, 0]], np.float32), strategy="knowledge-consistency").members == (0, 1)
+
+
+@settings(max_examples=100)
+@given(*small)
+def test_no_member_lowers_kc_by_more_than_rounding_however_long_vectors_are(n: int, d: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    lengths = 10.0 ** draw.integers(-1, 4, (n, 1))
+    t, S = draw.normal(size=d).astype(np.float32), (draw.normal(size=(n, d)) * lengths).astype(np.float32)
+    group_: list[np.ndarray] = []
+    for i in group(t, S).members:
+        before, group_ = group_, [*group_, S[i]]
+        fall = KC([s.astype(float) for s in before]) - KC([s.astype(float) for s in group_])
+        assert fall <= 2 * rounding(group_)
 
 
 def test_greedy_is_algorithm_2() -> None:
@@ -466,9 +489,20 @@ def test_bad_options_are_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
-def test_products_that_overflow_are_refused() -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_products_that_overflow_are_refused(strategy: Any) -> None:
+    torch = pytest.importorskip("torch")
     S = np.full((3, 4), 1e30, dtype=np.float32)
-    with pytest.raises(ValueError, match="finite"):
-        group(S[0], S)
-    with pytest.raises(ValueError, match="finite"):
-        group(np.full(4, 1e-3, dtype=np.float32), S)
+    for t in (S[0], np.full(4, 1e-3, dtype=np.float32)):
+        for arrays in ((t, S), (torch.from_numpy(t), torch.from_numpy(S))):
+            with pytest.raises(ValueError, match=r"finite|range of their dtype"):
+                group(*arrays, strategy=strategy, max_size=2)
+
+
+def test_torch_in_half_precision_and_with_gradients() -> None:
+    torch = pytest.importorskip("torch")
+    t, S = integers(6, 4, 3)
+    ours = group(t, S)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert group(torch.tensor(t, dtype=dtype), torch.tensor(S, dtype=dtype)).members == ours.members
+    assert group(torch.nn.Parameter(torch.tensor(t)), torch.nn.Parameter(torch.tensor(S))).members == ours.members

@@ -67,11 +67,11 @@ def weighted_sum(vectors: NDArray[Any], weights: Float64) -> Float64:
 def mean(vectors: NDArray[Any], weights: Float64) -> Float64:
     """The weighted sum over the sum of the weights: with equal ones, Model Soups, https://arxiv.org/abs/2203.05482.
 
-    Raises ValueError for weights that sum to 0.
+    Raises ValueError for weights that do not sum to more than 0: divided by that, every sign would turn.
     """
     total = float(_sum(weights))
-    if abs(total) <= 1e-9 * np.abs(weights).sum():  # rounding of what cancels
-        raise ValueError("the weights sum to 0, so there is no mean: use the method 'sum'")
+    if total <= 1e-9 * np.abs(weights).sum():  # rounding of what cancels
+        raise ValueError(f"the weights sum to {round(total, 9):g}, and a mean needs more than 0: use the method 'sum'")
     return weighted_sum(vectors, weights) / total
 
 
@@ -80,8 +80,9 @@ def ties(vectors: NDArray[Any], weights: Float64, *, density: float) -> Float64:
 
     Of each vector the share `density`, 0 < density <= 1, of its r * d values stays, the largest by magnitude (of equal
     ones the first). A place's sign is that of the sum of what stayed there, plus for 0. Its value is the sum of the
-    values with that sign, each times its weight, over their number: the weights as in `peft.utils.merge_utils.ties`,
-    where a negative one negates its vector first, and 0 takes it out.
+    values with that sign, each times its weight, over their number. With positive weights that is
+    `peft.utils.merge_utils.ties`; unlike there, a negative weight negates its vector before signs are elected, and a
+    vector with weight 0 takes no part. The weights scale what is a mean already: equal ones are 1, not 1 / n.
 
     Raises ValueError for a density at which no value stays.
     """

@@ -85,7 +85,9 @@ class PeftPrompt:
     dead_rows: int  #: rows behind these in the file, left out
     config: AdapterConfig
     vector: TaskPromptVector | None = None  #: T itself, when `write` made the directory and its prompt is unchanged
-    reference: str | None = None  #: the version that `write` was given, whether the prompt was changed since or not
+    #: The version that `write` was given and the fingerprint of its P_init, even if the prompt was changed since.
+    reference: str | None = None
+    initialization: str | None = None
 
 
 def read(directory: str | Path) -> PeftPrompt:
@@ -107,8 +109,12 @@ def read(directory: str | Path) -> PeftPrompt:
     if config.task_type == "CAUSAL_LM" and config.rows != config.num_virtual_tokens:
         raise InvalidTensor(f"{folder}: num_transformer_submodules is 2, but a CAUSAL_LM model is a single module")
     live = as_prompt(prompt[: config.num_virtual_tokens], "prompt")
-    reference, vector = _read_export(folder, live)
-    return PeftPrompt(live, config.rows - config.num_virtual_tokens, config, vector, reference)
+    dead_rows = config.rows - config.num_virtual_tokens
+    if (export := _read_export(folder)) is None:
+        return PeftPrompt(live, dead_rows, config)
+    vector = _read_vector(folder, export) if export.prompt == files.fingerprint(live) else None
+    reference = str(Reference.parse(export.reference)) if export.reference is not None else None
+    return PeftPrompt(live, dead_rows, config, vector, reference, export.initialization)
 
 
 def write(
@@ -228,22 +234,26 @@ def _read_prompt(folder: Path) -> Float32:
     return as_prompt(tensors["prompt_embeddings"], "prompt")
 
 
-def _read_export(folder: Path, prompt: Float32) -> tuple[str | None, TaskPromptVector | None]:
-    """Reference and T of a directory that `write` made; no T when the prompt has been tuned on since."""
+def _read_export(folder: Path) -> _Export | None:
+    """What `write` has noted in a directory that it made."""
     path = folder / _EXPORT
     if not path.exists():
-        return None, None
+        return None
     try:
-        export = _base.message(_Export, **_read_json(path))
+        return _base.message(_Export, **_read_json(path))
     except errors.Invalid as error:
         raise InvalidTensor(f"{path}: {error}") from error
-    reference = str(Reference.parse(export.reference)) if export.reference is not None else None
-    if export.prompt != files.fingerprint(prompt):
-        return reference, None
-    vector = TaskPromptVector.load(folder / _VECTOR)
+
+
+def _read_vector(folder: Path, export: _Export) -> TaskPromptVector:
+    """T itself, beside a prompt that is still what was exported."""
+    path = folder / _VECTOR
+    if not path.exists():
+        raise InvalidTensor(f"{path} is missing, which {_EXPORT} names; remove that too to import P alone")
+    vector = TaskPromptVector.load(path)
     if vector.fingerprint != export.vector:
-        raise InvalidTensor(f"{folder / _VECTOR} is not the vector that {_EXPORT} names; remove both to import P alone")
-    return reference, vector
+        raise InvalidTensor(f"{path} is not the vector that {_EXPORT} names; remove both to import P alone")
+    return vector
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -76,7 +76,9 @@ class TaskPromptVector:
         start = as_prompt(initialization, "initialization")
         found = files.fingerprint(start)
         if found != self.initialization and not allow_mixed_initializations:
-            raise _incompatible(self.initialization, found)
+            raise _incompatible(
+                self.initialization, found, "with allow_mixed_initializations it is applied to another all the same"
+            )
         if start.shape != self.tensor.shape:
             raise IncompatibleVectors(
                 f"the vector is {list(self.tensor.shape)}, the initialization {list(start.shape)}",
@@ -142,14 +144,22 @@ class TaskPromptVector:
         )
 
     def __add__(self, other: TaskPromptVector) -> TaskPromptVector:
+        if not isinstance(other, TaskPromptVector):
+            return NotImplemented
         self._check_fits(other)
         return TaskPromptVector(self.tensor + other.tensor, self.initialization)
 
     def __sub__(self, other: TaskPromptVector) -> TaskPromptVector:
+        if not isinstance(other, TaskPromptVector):
+            return NotImplemented
         self._check_fits(other)
         return TaskPromptVector(self.tensor - other.tensor, self.initialization)
 
+    __array_ufunc__ = None  #: an array on the left gives way, and is refused, instead of taking vectors as its elements
+
     def __mul__(self, factor: float) -> TaskPromptVector:
+        if not isinstance(factor, int | float | np.floating | np.integer):
+            return NotImplemented
         return TaskPromptVector(self.tensor * np.float32(factor), self.initialization)
 
     __rmul__ = __mul__
@@ -168,7 +178,7 @@ class TaskPromptVector:
         )
 
     def __hash__(self) -> int:
-        return hash((self.fingerprint, self.initialization))
+        return hash((files.fingerprint(self.tensor + 0.0), self.initialization))  # -0.0 and 0.0 are equal
 
     def __repr__(self) -> str:
         rows, width = self.tensor.shape
@@ -176,12 +186,18 @@ class TaskPromptVector:
 
     def _check_fits(self, other: TaskPromptVector) -> None:
         if self.initialization != other.initialization:
-            raise _incompatible(self.initialization, other.initialization)
+            raise _incompatible(
+                self.initialization, other.initialization, "only vectors of one initialization are added"
+            )
+        if self.tensor.shape != other.tensor.shape:
+            raise IncompatibleVectors(
+                f"one vector is {list(self.tensor.shape)}, the other {list(other.tensor.shape)}",
+                differences={"shape": [list(self.tensor.shape), list(other.tensor.shape)]},
+            )
 
 
-def _incompatible(one: str, other: str) -> IncompatibleVectors:
+def _incompatible(one: str, other: str, advice: str) -> IncompatibleVectors:
     return IncompatibleVectors(
-        f"one belongs to initialization {one[:19]}..., the other to {other[:19]}...; only vectors of one "
-        "initialization can be compared or combined",
+        f"one belongs to initialization {one[:19]}..., the other is {other[:19]}...; {advice}",
         differences={"initialization": [one, other]},
     )

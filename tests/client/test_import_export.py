@@ -178,6 +178,19 @@ def test_an_export_belongs_to_its_own_initialization(
     told = line(run("import", "peft", tmp_path / "mine", "-i", "other"))
     assert f"belongs to the initialization {files.fingerprint(START)}" in told
 
+    tuned = {"prompt_embeddings": TUNED + 1}
+    (tmp_path / "mine" / "adapter_model.safetensors").write_bytes(files.dump(tuned))
+    assert line(run("import", "peft", tmp_path / "mine", "-i", "other")).startswith(told.partition(" this one")[0])
+    assert run("import", "peft", tmp_path / "mine").code == 0
+    metadata, _ = registered(registry)
+    assert metadata["initialization"] == "default/family"
+
+
+def test_an_export_without_its_vector_is_refused(run: Run, family: dict[str, Any], tmp_path: Path) -> None:
+    T.to_peft(tmp_path / "mine", START, base_model="t5-base", task_type="CAUSAL_LM")
+    (tmp_path / "mine" / "task_vector.safetensors").unlink()
+    assert "is missing, which tpv.json names; remove that too" in line(run("import", "peft", tmp_path / "mine"))
+
 
 # --- Files of torch ---------------------------------------------------------------------------------------------------
 

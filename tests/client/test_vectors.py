@@ -73,6 +73,10 @@ def test_vectors_of_another_initialization_are_refused() -> None:
         with pytest.raises(IncompatibleVectors) as error:
             operation()
         assert set(error.value.extra["differences"]["initialization"]) == {HERE, ELSEWHERE}
+    with pytest.raises(
+        IncompatibleVectors, match="with allow_mixed_initializations it is applied to another all the same"
+    ):
+        b.apply(START)
     assert a != b
     assert b.apply(START, allow_mixed_initializations=True).tolist() == (2 * START).tolist()
 
@@ -83,6 +87,19 @@ def test_shapes_that_do_not_fit_are_refused_even_when_mixing_is_allowed() -> Non
         T.apply(START, allow_mixed_initializations=True)
     with pytest.raises(IncompatibleVectors):
         TaskPromptVector.from_prompt(np.ones((1, 3)), START)
+    with pytest.raises(IncompatibleVectors, match=r"one vector is \[1, 3\], the other \[2, 3\]"):
+        T + TaskPromptVector(START, HERE)
+
+
+@pytest.mark.parametrize("other", [1, "x", None, np.ones((2, 3), np.float32)])
+def test_what_is_no_vector_is_neither_added_nor_subtracted(other: Any) -> None:
+    T = TaskPromptVector(START, HERE)
+    for operation in (lambda: T + other, lambda: T - other, lambda: other - T):
+        with pytest.raises(TypeError, match="unsupported operand|does not support"):
+            operation()
+    if not isinstance(other, int):
+        with pytest.raises(TypeError):
+            other * T
 
 
 def test_a_vector_never_changes() -> None:
@@ -101,6 +118,9 @@ def test_equal_vectors_are_equal_and_hash_alike() -> None:
     assert a == b
     assert len({a, b}) == 1
     assert a != 2 * a
+    zero = TaskPromptVector(np.zeros((2, 3), np.float32), HERE)
+    assert zero == -zero
+    assert hash(zero) == hash(-zero)
     assert a != START.tolist()
     assert a.fingerprint == files.fingerprint(START)
 

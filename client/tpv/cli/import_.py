@@ -53,8 +53,8 @@ def peft_(
     """Registers the soft prompt of a PEFT directory; rows that the model never reads are left out."""
     prompt = peft.read(directory)
     config, vector = prompt.config, prompt.vector
-    if vector is not None and init_file is None:
-        initialization = initialization or vector.initialization
+    if init_file is None:
+        initialization = initialization or prompt.initialization
     model = {"base_model": base_model or config.base_model_name_or_path, "unpinned": unpinned}
     model["revision"] = revision or (None if base_model else config.revision)
     provenance = {
@@ -70,7 +70,7 @@ def peft_(
             init_file,
             shape=prompt.tensor.shape,
             dead_rows=prompt.dead_rows,
-            expected=vector.initialization if vector is not None else None,
+            expected=prompt.initialization,
             model=model,
         )
         version = client.vectors.register(
@@ -199,7 +199,8 @@ def _check_shape(what: str, found: tuple[int, ...], shape: tuple[int, ...], hint
 def _check_own(found: str, expected: str | None) -> None:
     if expected not in (None, found):
         raise errors.IncompatibleVectors(
-            f"the exported vector belongs to the initialization {expected}, this one is {found}",
+            f"the exported vector belongs to the initialization {expected}, this one is {found}; to import the prompt "
+            "with another one, remove tpv.json from the directory",
             differences={"initialization": [expected, found]},
         )
 

@@ -29,29 +29,34 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from tpv.errors import Unavailable
+from tpv_service.db import release
 from tpv_service.registry.tables import InitializationRow
 from tpv_service.search.family import RECORD, Family, Snapshot
 
 log = structlog.get_logger()
 
 _ROWS_HELD = 4_000_000  #: of all families together; at most 330 bytes of memory each, beside what the system maps
+_FAMILIES_HELD = 100  #: each has two files open
 _PATIENCE = 20.0  #: seconds that a query waits for a large family to be read; it goes on without the query
 _FEW = 1_000  #: versions that are looked through as fast as a thread takes over
 _BLOCK = 1 << 24  #: bytes that are taken over at a time while a family is read
 
-_SOURCE = text("""
-    select (select system_identifier from pg_control_system()) || '/' ||
-           (select timeline_id from pg_control_checkpoint()) || '/' ||
-           (select oid from pg_database where datname = current_database())
-""")
+#: The database, and in it the table's file, which another table has when a dump is restored in its place.
+_SOURCE = """
+    (select system_identifier from pg_control_system()) || '/' ||
+    (select timeline_id from pg_control_checkpoint()) || '/' ||
+    (select oid from pg_database where datname = current_database()) || '/' || pg_relation_filenode('versions')
+"""
 # `exists` would say what `limit 1` does, but may read the whole family: the planner takes a third of it to be new.
-_LOOK = text("""
-    select pg_snapshot_xmin(pg_current_snapshot())::text::bigint as horizon,
+_LOOK = text(f"""
+    select {_SOURCE} as source, pg_snapshot_xmin(pg_current_snapshot())::text::bigint as horizon,
            (select id from versions
             where initialization_id = :family and txid >= cast(cast(:since as text) as xid8) and id <> all(:known)
             order by txid limit 1) is not null as grown,
            array(select distinct vector_id from changes where txid >= cast(cast(:since as text) as xid8)) as changed
-""").bindparams(bindparam("known", type_=ARRAY(Uuid())), bindparam("family", type_=Uuid()))
+""").bindparams(  # noqa: S608 # the part stands above
+    bindparam("known", type_=ARRAY(Uuid())), bindparam("family", type_=Uuid())
+)
 _DELETED = text("""
     select v.id from versions v join vectors w on w.id = v.vector_id
     where v.initialization_id = :family and (v.deleted_at is not null or w.deleted_at is not null)
@@ -104,13 +109,15 @@ class Families:
             except OSError as error:
                 copy.family = None
                 raise Unavailable(f"the cache directory does not take or give files: {error.strerror}") from error
-            except BaseException:  # it may have grown half; opened again, it is what its log says
-                copy.family = None
+            except BaseException:
+                if copy.family and not copy.family.settled:  # grown half; opened again, it is what its log says
+                    copy.family = None
                 raise
         return snapshot
 
     async def _begin(self, session: AsyncSession, initialization: InitializationRow) -> Family:
-        source = (await session.execute(_SOURCE)).scalar_one()
+        source = (await session.execute(text(f"select {_SOURCE}"))).scalar_one()
+        await release(session)
         path = self._directory / initialization.id.hex
         family = await run_in_threadpool(Family, path, initialization.token_dim, source)
         if len(family.snapshot):
@@ -122,7 +129,7 @@ class Families:
         del self._looks[ended]
         held = sum(copy.rows for copy in self._open.values())
         for key, copy in list(self._open.items())[:-1]:
-            if held <= _ROWS_HELD:
+            if held <= _ROWS_HELD and len(self._open) <= _FAMILIES_HELD:
                 break
             if copy not in self._looks.values():  # opened again meanwhile, two copies would write the same files
                 held -= copy.rows
@@ -148,15 +155,16 @@ class _Copy:
 
 
 async def _catch_up(session: AsyncSession, initialization: UUID, family: Family) -> bool:
-    """Adds what is new; False when the copy is of a time that the database does not know, as after a restore."""
+    """Adds what is new; False when the copy is of a table or time that the database has not, as after a restore."""
     few = family.recent < _FEW
     known = family.since_horizon() if few else await run_in_threadpool(family.since_horizon)
     asked = {"family": initialization, "since": str(family.horizon), "known": known}
     look = (await session.execute(_LOOK, asked)).one()
-    if look.horizon < family.horizon:
+    if look.source != family.source or look.horizon < family.horizon:
         return False
     if look.grown:
         await _read_rows(session, initialization, family, known)
+        await release(session)
         await run_in_threadpool(family.settle, look.horizon)
     if look.changed:
         states = (await session.execute(_STATES, {"family": initialization, "changed": look.changed})).all()

@@ -90,7 +90,8 @@ class Family:
 
         `source` tells the database apart from any other; a copy of another one is dropped.
         """
-        self.width = width
+        self.width, self.source = width, source
+        self.settled = False  #: nothing has been added since the last `settle`; if that fails, it must be opened again
         self.horizon = 0  #: every transaction with a smaller number had ended when the copy was last brought up to date
         self._head = {"format": 1, "source": source, "width": width}
         self._log, self._matrix, self._records = (path.with_suffix(f".{name}") for name in ("log", "f32", "rows"))
@@ -112,6 +113,7 @@ class Family:
 
         After an error the family must be opened again, for its files may have grown without it.
         """
+        self.settled = False
         now = self.snapshot
         contents = np.ascontiguousarray(pooled, dtype="<f4").tobytes(), records.tobytes()
         for file, content in zip((self._matrix, self._records), contents, strict=True):
@@ -137,6 +139,7 @@ class Family:
             self.snapshot = replace(now, sketch=sketch_of(now.matrix, now.sketch))
         if horizon is not None:
             self._write_entry(len(self.snapshot), [0, 0], horizon)
+        self.settled = True
 
     def forget(self) -> None:
         """Makes whoever opens the copy next begin a new one."""
@@ -220,6 +223,13 @@ def _sorted(records: NDArray[Any], start: int = 0) -> Sorted:
     second = _halves(records["id"][start:])[1]  # 62 of its bits are random: no two are equal
     order = np.argsort(second, kind="stable")
     return order + start, second[order]
+
+
+def by_age(ids: NDArray[Any], rows: Rows) -> Rows:
+    """The rows, the oldest first: ids, of 16 bytes, begin with the time at which they were made (UUID 7)."""
+    first, second = _halves(ids[rows])
+    ordered: Rows = rows[np.lexsort((second, first))]
+    return ordered
 
 
 def as_bytes(ids: Iterable[UUID]) -> NDArray[Any]:

@@ -9,8 +9,10 @@ from uuid import UUID
 
 import numpy as np
 import pytest
+from sqlalchemy import text
 
 import tpv
+from tpv import errors
 from tpv_service.db import create_reading_engine, create_sessionmaker
 from tpv_service.registry.queries import resolve_initialization
 from tpv_service.search import families
@@ -67,6 +69,26 @@ async def test_the_family_not_asked_for_longest_is_closed_and_read_again_when_it
     assert before == ["default/one-3:1", "default/one-2:1", "default/one-1:1"]
     assert await found(client, "one") == ["default/new:1", "default/one-3:1", "default/one-1:1"]
     assert opened == [one, other, one]
+
+
+async def test_so_are_all_but_so_many_small_ones(client, two, opened, monkeypatch):
+    monkeypatch.setattr(families, "_FAMILIES_HELD", 1)
+    for name in ("one", "one", "other", "one"):
+        await found(client, name)
+
+    assert opened == [two[0], two[1], two[0]]
+
+
+async def test_a_copy_outlives_a_database_that_does_not_answer(client, two, opened, monkeypatch):
+    before = await found(client, "one")
+    look = families._LOOK
+    monkeypatch.setattr(families, "_LOOK", text("select pg_terminate_backend(pg_backend_pid())"))
+    with pytest.raises(errors.Unavailable):
+        await found(client, "one")
+    monkeypatch.setattr(families, "_LOOK", look)
+
+    assert await found(client, "one") == before
+    assert opened == [two[0]]
 
 
 async def test_a_family_is_not_closed_while_another_query_is_at_it(app, settings, two, opened, monkeypatch):

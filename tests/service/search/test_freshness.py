@@ -55,6 +55,19 @@ async def register(client: tpv.AsyncClient, name: str, value: float = 1.0) -> UU
     return version.id
 
 
+async def test_what_a_restored_dump_does_not_have_is_not_found(client, family, database_url):
+    await register(client, "a")
+    await register(client, "b")
+    assert await found(client) == ["default/a:1", "default/b:1"]
+    with psycopg.connect(database_url) as connection:  # the tables are filled anew, from before `b`
+        connection.execute("create temporary table dump on commit drop as select * from versions")
+        connection.execute("delete from dump where vector_id = (select id from vectors where name = 'b')")
+        connection.execute("truncate versions cascade")
+        connection.execute("insert into versions select * from dump")
+
+    assert await found(client) == ["default/a:1"]
+
+
 async def test_rows_of_an_older_cluster_are_not_new_for_ever(client, family, database_url):
     await register(client, "a")
     with psycopg.connect(database_url, autocommit=True) as connection:

@@ -2,9 +2,8 @@
 
     python benchmarks/fill.py --url URL --count 100000 --dimension 768 --distribution clustered --seed 0
 
-Each vector is a name of its own, `fill/INITIALIZATION-NUMBER`, with one token (r = 1) and the tag `part`, which has a
-hundred values. The same arguments again change
-nothing; a larger count adds to what is there.
+Each vector is a name of its own, `fill/INITIALIZATION-NUMBER`, with one token (r = 1), one of a thousand tasks, and the
+tag `part`, which has a hundred values. The same arguments again change nothing; a larger count adds to what is there.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from tpv.files import Float32
 BLOCK = 1000  #: vectors that are drawn, and registered, at a time
 CLUSTERS, INTRINSIC = 2000, 32
 PARTS = 100  #: values of the tag `part`
+TASKS = 1000
 
 
 def vectors(count: int, dimension: int, distribution: str = "clustered", seed: int = 0) -> Iterator[Float32]:
@@ -63,7 +63,14 @@ def fill(
                     return
                 rows = range(started, started + len(block))
                 started += len(block)
-            items = [{"name": f"fill/{initialization}-{i:08}", "tags": {"part": f"{i % PARTS:02}"}} for i in rows]
+            items = [
+                {
+                    "name": f"fill/{initialization}-{i:08}",
+                    "task": f"{initialization}-{i % TASKS}",
+                    "tags": {"part": f"{i % PARTS:02}"},
+                }
+                for i in rows
+            ]
             client.vectors.register_many(items, vectors=block[:, np.newaxis], initialization=initialization)
             with lock:
                 done += len(block)

@@ -4,9 +4,9 @@
 
 Pools are registered with benchmarks/fill.py, each an initialization of its own in one registry: 2,000 clusters with
 log-normal norms, and plain Gaussian as the worst case. Queries are registered vectors, drawn at random, top 10 by
-`dot`. The floor is one product of the matrix, in memory, with a vector; recall is of its ten largest numbers. FAISS is
-measured where it is installed (`pip install faiss-cpu`), in this process: a flat index and HNSW (M 16, efConstruction
-64, as pgvector's defaults). While the index of the service is being built, one registration after another is timed;
+`dot`, of their own task too unless it is said. The floor is one product of the matrix, in memory, with a vector; recall
+is of its ten largest numbers. FAISS is measured where it is installed (`pip install faiss-cpu`), in this process: a flat
+index and HNSW (M 16, efConstruction 64, as pgvector's defaults). While the index of the service is being built, one registration after another is timed;
 between them, as the floor of the disk, how long it takes to write and sync one small file.
 
 A pool of 1,000,000 takes about a quarter of an hour to fill, and longer to index; name it, and beside it a small one:
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from tpv import errors
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.fill import PARTS
+from benchmarks.fill import PARTS, TASKS
 from benchmarks.served import Served, filled, registry
 
 K = 10
@@ -68,7 +68,8 @@ def measure(client: Served, distribution: str, count: int, width: int, queries: 
     places = {f"fill/{name}-{row:08}:1": row for row in range(count)}
 
     def search(reference: str, **options: object) -> list[int]:
-        return [places[hit.reference] for hit in client.similarity.search(reference, K, **options).hits]
+        asked = {"allow_same_task": True, **options}
+        return [places[hit.reference] for hit in client.similarity.search(reference, K, **asked).hits]
 
     began = time.perf_counter()
     while True:
@@ -101,14 +102,18 @@ def measure(client: Served, distribution: str, count: int, width: int, queries: 
     inside = [nearest(matrix, row, slice(7, None, PARTS)) for row in rows]
     show("exact, of 1 % by a tag", lambda one: search(one, accuracy="exact", **part), references, inside)
     show("auto, of 1 % by a tag", lambda one: search(one, **part), references, inside)
+    others = [nearest(matrix, row, own_task=False) for row in rows]
+    show("auto, of other tasks", lambda one: search(one, allow_same_task=False), references, others)
     print(f"  memory of the service: {service_memory() / 2**20:.0f} MB resident, mapped files included")
     faiss_beside(matrix, rows, truth, floor)
 
 
-def nearest(matrix: NDArray[np.float32], row: int, among: slice = slice(None)) -> list[int]:
+def nearest(matrix: NDArray[np.float32], row: int, among: slice = slice(None), *, own_task: bool = True) -> list[int]:
     """The K rows, among these, with the largest products with one, which is left out; by NumPy alone."""
     rows, products = np.arange(len(matrix))[among], matrix[among] @ matrix[row]
     products[rows == row] = -np.inf
+    if not own_task:
+        products[rows % TASKS == row % TASKS] = -np.inf
     return rows[np.argsort(-products)[:K]].tolist()
 
 

@@ -104,8 +104,9 @@ class Filter(Request):
 
 Versions = Annotated[str, StringConstraints(pattern=rf"^(newest|all|alias:{NAME_PATTERN.strip('^$')})$")]
 VERSIONS_HELP = (
-    "newest: of each vector the newest version that is not deleted, if it passes the filter; all: every one that is "
-    "not deleted; alias:NAME: the one that the alias points to."
+    "newest: of each vector the newest version that is not deleted (of an initialization that the filter demands, the "
+    "newest of it), if it passes the filter; all: every one that is not deleted; alias:NAME: the one that the alias "
+    "points to."
 )
 
 

@@ -14,7 +14,9 @@ from tpv.similarity import Metric
 
 MATRIX_LIMIT = 1000  #: vectors of one matrix
 FLAT_LIMIT = 200  #: vectors whose whole tensors are compared at a time
+EF_SEARCH = 200  #: unless a request says otherwise
 LISTED = 100  #: exclusions and decisions that an answer lists
+ANSWER_LIMIT = 100_000  #: members of groups and decisions, together, that one answer has at most
 
 
 class Pool(Request):
@@ -51,7 +53,7 @@ class PoolEcho(Answer):
         default_factory=list
     )  #: those of the pool, when other ones than that are there
     size: int
-    excluded: dict[str, str]  #: reference -> why it was left out; the first hundred
+    excluded: dict[str, str]  #: reference -> why it was left out; a hundred of them
     excluded_total: int
     exact: bool  #: False: an index, or a shortlist, was asked first
     how: str  #: in words
@@ -91,7 +93,7 @@ class SearchRequest(Request):
     accuracy: Literal["auto", "exact", "approximate"] = Field(
         "auto", description="approximate asks the index (`dot` alone); auto does where to compare all takes far longer."
     )
-    ef_search: int = Field(200, ge=1, le=1000, description="How thoroughly the index is searched.")
+    ef_search: int = Field(EF_SEARCH, ge=1, le=1000, description="How thoroughly the index is searched.")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -57,7 +57,7 @@ async def search_versions(session: ReadOnlySession, _: Reader, asked: VersionSea
     ]
     return await page(
         session,
-        queries.full_version().where(chosen(asked.versions), condition(asked.filter)),
+        queries.full_version().where(chosen(asked.versions, asked.filter), condition(asked.filter)),
         [part.column for part in key],
         lambda row: [part.of(row) for part in key],
         version_view,
@@ -74,11 +74,11 @@ def condition(asked: Filter) -> ColumnElement[bool]:
     return and_(true(), *_conditions(asked))
 
 
-def chosen(versions: str) -> ColumnElement[bool]:
+def chosen(versions: str, asked: Filter | None = None) -> ColumnElement[bool]:
     """`newest`, `all` or `alias:NAME`, over the same kind of statement; never a deleted version.
 
-    The newest version is the vector's own, whatever a filter beside it says: a vector whose newest version does not
-    pass has none that does.
+    The newest version is the vector's own, or where the filter beside it demands an initialization, the newest of
+    that; whatever else the filter says: a vector whose newest version does not pass has none that does.
     """
     kept = and_(VersionRow.deleted_at.is_(None), VectorRow.deleted_at.is_(None))
     if versions == "all":
@@ -87,7 +87,18 @@ def chosen(versions: str) -> ColumnElement[bool]:
         return and_(kept, _has_alias(versions.removeprefix("alias:")))
     newer = aliased(VersionRow)
     is_newer = (newer.vector_id == VersionRow.vector_id) & (newer.number > VersionRow.number)
+    if any(demanded_initializations(asked)):
+        is_newer &= newer.initialization_id == VersionRow.initialization_id
     return and_(kept, not_(_there_is(select(newer.id).where(is_newer, newer.deleted_at.is_(None)))))
+
+
+def demanded_initializations(asked: Filter | None) -> Iterator[str]:
+    """Those that whatever passes the filter is of."""
+    if asked is not None:
+        if asked.initialization is not None:
+            yield asked.initialization
+        for part in asked.all or ():
+            yield from demanded_initializations(part)
 
 
 def _conditions(asked: Filter) -> Iterator[ColumnElement[bool]]:

@@ -18,6 +18,8 @@ from tpv import grouping
 from tpv.errors import Conflict, Invalid
 from tpv.schemas.filters import Filter
 from tpv.schemas.similarity import (
+    ANSWER_LIMIT,
+    EF_SEARCH,
     FLAT_LIMIT,
     LISTED,
     MATRIX_LIMIT,
@@ -42,7 +44,7 @@ from tpv_service.registry.filters import chosen, condition
 from tpv_service.registry.tables import VectorRow, VersionRow
 from tpv_service.registry.views import initialization_summary, version_reference
 from tpv_service.search import indexes, scores
-from tpv_service.search.family import Float32, Mask, Rows, as_bytes
+from tpv_service.search.family import Float32, Mask, Rows, as_bytes, by_age
 from tpv_service.search.queries import (
     ALL_COMPARED,
     Candidates,
@@ -59,12 +61,15 @@ Reader = Annotated[Actor, Depends(Allowed("read", "write", "worker"))]
 
 @router.post("/similarity/search")
 async def search(request: Request, session: ReadOnlySession, _: Reader, asked: SearchRequest) -> SearchAnswer:
-    """The k vectors most similar to one, to a combination, or to an uploaded one; ties in the order of references."""
+    """The k vectors most similar to one, to a combination, or to an uploaded one; ties in the order of references.
+
+    Of more than a thousand that are equal in the last place, the oldest are looked at.
+    """
     mixed = asked.allow_mixed_initializations
     query = await read_query(request, session, asked.query, mixed=mixed)
     pool = await choose(request, session, query, asked.candidates, allow_same_task=asked.allow_same_task, mixed=mixed)
     found = await _nearest(request, session, query, pool, asked)
-    shown = await named(session, pool.ids[found.rows])
+    shown = await named(session, [*pool.ids[found.rows], *pool.excluded])
     hits = sorted(
         (
             (shown[bytes(pool.ids[row])], float(value))
@@ -78,7 +83,9 @@ async def search(request: Request, session: ReadOnlySession, _: Reader, asked: S
             Hit(reference=of.reference, similarity=similarity, tasks=of.tasks, task_type=of.task_type)
             for of, similarity in hits[: asked.k]
         ],
-        pool=pool.echo(asked.metric, query, how=found.how, exact=found.exact, reference_pool=found.reference_pool),
+        pool=pool.echo(
+            asked.metric, query, shown, how=found.how, exact=found.exact, reference_pool=found.reference_pool
+        ),
     )
 
 
@@ -99,6 +106,7 @@ async def _nearest(
         return await _nearest_flat(request, session, query, pool, asked)
     family, indexed = query.initialization.id, None
     if asked.metric == "dot":
+        await release(session)
         if asked.accuracy != "approximate" and (found := await run_in_threadpool(_by_sketch, query, pool, asked.k)):
             return found
         if asked.accuracy != "exact":
@@ -112,15 +120,23 @@ async def _nearest(
     if asked.metric == "cosine-prompt" and pool.mixed:  # each soft prompt has a P_init of its own
         start, *others = await scores.starts(request, [query.initialization, *pool.mixed])
         measure, target, matrix = scores.Measure(metric="cosine"), target + start, matrix + np.array(others)
-    found = await run_in_threadpool(_by_comparing_all, measure, target, matrix, pool.where, asked.k)
-    if indexed:
-        request.state.indexes.tried(family, float(np.isin(found.rows, indexed.rows).mean()))
+    found = await run_in_threadpool(_by_comparing_all, measure, target, matrix, pool.ids, pool.where, asked.k)
+    if indexed and asked.ef_search <= EF_SEARCH:  # a thorough search says nothing of the usual ones
+        request.state.indexes.tried(family, query.pooled, _recall(found, indexed, asked.k))
     return found
 
 
-def _by_comparing_all(measure: scores.Measure, target: Float32, matrix: Float32, where: Mask, k: int) -> _Found:
+def _recall(exact: _Found, found: _Found, k: int) -> float:
+    """The share of the k best similarities that were found; which of equal ones gave them does not matter."""
+    best, others = (np.sort(one.similarities)[::-1][:k] for one in (exact, found))
+    return float(np.count_nonzero(others >= best[-1]) / len(best)) if len(best) else 1.0
+
+
+def _by_comparing_all(
+    measure: scores.Measure, target: Float32, matrix: Float32, ids: NDArray[Any], where: Mask, k: int
+) -> _Found:
     similarities = measure.one_with_many(target, matrix, where)
-    rows = scores.best(similarities, where, k)
+    rows = scores.best(similarities, where, ids, k)
     return _Found(rows, similarities[rows], reference_pool=measure.reference_pool)
 
 
@@ -137,7 +153,7 @@ def _by_sketch(query: Query, pool: Candidates, k: int) -> _Found | None:
 def _compared(query: Query, pool: Candidates, rows: Rows, k: int, *, how: str, exact: bool = True) -> _Found:
     """The best k of some candidates, by `dot`."""
     everywhere, dot = np.ones(len(rows), dtype=bool), scores.Measure(metric="dot")
-    found = _by_comparing_all(dot, query.pooled, pool.matrix[rows], everywhere, k)
+    found = _by_comparing_all(dot, query.pooled, pool.matrix[rows], pool.ids[rows], everywhere, k)
     return _Found(rows[found.rows], found.similarities, how, exact)
 
 
@@ -151,9 +167,11 @@ async def _nearest_flat(
             "them by a filter, or take accuracy auto, which compares those whole that look similar"
         )
     if len(rows) > FLAT_LIMIT:
+        await release(session)
         cosines = scores.Measure(metric="cosine")
         similarities = await run_in_threadpool(cosines.one_with_many, query.pooled, pool.matrix, pool.where)
-        rows = scores.best(similarities, pool.where, max(FLAT_LIMIT, asked.k))
+        shortlist = max(FLAT_LIMIT, asked.k)
+        rows = scores.best(similarities, pool.where, pool.ids, shortlist)[:shortlist]
         how, exact = f"the {len(rows)} with the largest cosine of pooled vectors were compared whole", False
     ids = [UUID(bytes=bytes(key)) for key in pool.ids[rows]]
     return _Found(rows, await scores.flat_similarities(request, session, query, ids), how, exact)
@@ -213,6 +231,7 @@ async def matrix(
     check_same_initialization(rows, mixed=asked.allow_mixed_initializations)
     reference_pool = None
     if asked.metric == "cosine-flat":
+        await release(session)
         values = await scores.flat_matrix(request, rows)
     else:
         vectors = pooled_of(rows)
@@ -225,6 +244,7 @@ async def matrix(
                 request, session, asked.metric, query, asked.reference_pool, [row.initialization for row in rows]
             )
             reference_pool = measure.reference_pool
+        await release(session)
         values = await run_in_threadpool(measure.many_with_many, vectors, vectors)
     order = await run_in_threadpool(_clustered, values)
     if asked.normalize:
@@ -232,7 +252,10 @@ async def matrix(
         values = (values - values.min()) / (spread or 1.0)
     references = [version_reference(row) for row in rows]
     if form == "csv":
-        said = [asked.metric, *(["min-max normalized"] if asked.normalize else []), label(rows[0].initialization)]
+        said = [asked.metric, "exact", *(["min-max normalized"] if asked.normalize else [])]
+        said.append(" and ".join(dict.fromkeys(label(row.initialization) for row in rows)))
+        if reference_pool is not None:
+            said.append(f"less the mean of {reference_pool.size} ({reference_pool.rule})")
         ordered = [references[row] for row in order]
         return Response(_csv(", ".join(said), ordered, values[np.ix_(order, order)]), media_type="text/csv")
     others = {row.initialization_id: row.initialization for row in rows[1:]}
@@ -254,7 +277,9 @@ async def _compared_versions(session: ReadOnlySession, asked: MatrixRequest) -> 
     if asked.references is not None:
         rows = await registry.resolve_versions(session, asked.references, pooled=True)
     else:
-        passing = registry.versions_to_compare().where(chosen(asked.versions), condition(asked.filter or Filter()))
+        passing = registry.versions_to_compare().where(
+            chosen(asked.versions, asked.filter), condition(asked.filter or Filter())
+        )
         passing = passing.order_by(VectorRow.namespace, VectorRow.name, VersionRow.number).limit(asked.limit + 1)
         rows = [*await session.scalars(passing)]
     if not rows:
@@ -292,10 +317,17 @@ async def create_grouping(
     """The group of source vectors for a target, with the decisions that led to it."""
     if isinstance(asked.target, str):
         return await _group(request, session, asked, asked.target)
-    return GroupingsAnswer(items=[await _group(request, session, asked, target) for target in asked.target])
+    items, listed = [], 0
+    for target in asked.target:
+        items.append(await _group(request, session, asked, target, listed))
+        listed += len(items[-1].members) + len(items[-1].trace)
+    return GroupingsAnswer(items=items)
 
 
-async def _group(request: Request, session: ReadOnlySession, asked: GroupingRequest, target: str) -> GroupingAnswer:
+async def _group(
+    request: Request, session: ReadOnlySession, asked: GroupingRequest, target: str, before: int = 0
+) -> GroupingAnswer:
+    """The group for one target; `before` members and decisions are in the same answer already."""
     mixed = asked.allow_mixed_initializations
     query = await read_query(request, session, target)
     pool = await choose(request, session, query, asked.candidates, allow_same_task=asked.allow_same_task, mixed=mixed)
@@ -326,10 +358,15 @@ async def _group(request: Request, session: ReadOnlySession, asked: GroupingRequ
         result = await run_in_threadpool(group, asked.strategy, limit)
     except ValueError as error:
         raise Invalid(str(error)) from error
+    if before + len(result.members) + len(result.trace) > ANSWER_LIMIT:
+        raise Invalid(
+            f"the answer would list more than {ANSWER_LIMIT} members and decisions; give max_size, narrow the "
+            "candidates by a filter, ask for fewer targets, or not for the whole trace"
+        )
     others = await run_in_threadpool(_compare, group) if asked.compare else []
     listed = {decision.index for decision in result.trace} | {*result.members}
     listed |= {index for _, other, _ in others if other for index in other.members[:LISTED]}
-    shown = await named(session, pool.ids[sorted(listed)])
+    shown = await named(session, [*pool.ids[sorted(listed)], *pool.excluded])
     reference = {index: shown[bytes(pool.ids[index])].reference for index in listed}
     return GroupingAnswer(
         target=query.label,
@@ -368,21 +405,27 @@ async def _group(request: Request, session: ReadOnlySession, asked: GroupingRequ
         ]
         if asked.compare
         else None,
-        pool=pool.echo("dot", query),
+        pool=pool.echo("dot", query, shown),
     )
 
 
 async def _tie_order(
     session: ReadOnlySession, asked: GroupingRequest, pool: Candidates, similarities: NDArray[np.float32]
 ) -> NDArray[np.int64] | None:
-    """Places of candidates with equal similarities: as they were given, else in the order of their references."""
+    """Places of candidates with equal similarities: as they were given, else in the order of their references.
+
+    Where more than TIES candidates share their similarity with others, the oldest come first.
+    """
     if asked.candidates.references is not None:
         return None
     rows = await run_in_threadpool(scores.tied, similarities, pool.where)
     if not len(rows):
         return None
-    shown = await named(session, pool.ids[rows])
     order = np.zeros(len(similarities), dtype=np.int64)
+    if len(rows) > scores.TIES:
+        order[by_age(pool.ids, rows)] = np.arange(len(rows))
+        return order
+    shown = await named(session, pool.ids[rows])
     references = [shown[bytes(key)].reference for key in pool.ids[rows]]
     order[rows[sorted(range(len(rows)), key=references.__getitem__)]] = np.arange(len(rows))
     return order

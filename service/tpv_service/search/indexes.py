@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from hashlib import sha256
 from uuid import UUID
 
 import numpy as np
@@ -26,7 +27,9 @@ log = structlog.get_logger()
 _LOCK = 4_927_113_802  #: any number that only the building of these indexes locks
 VECTOR_WIDTH, HALF_WIDTH = 2000, 4000  #: the widest that pgvector's HNSW takes of `vector` and of `halfvec`
 WORTH = 25  #: times the size from which there may be an index: below it, to compare all takes some tenths of a second
-TRIALS = 20  #: answers of an index that `auto` compares with exact ones before it trusts the index
+TRIALS = (
+    20  #: different queries whose answers by an index that `auto` compares with exact ones before it trusts the index
+)
 TRUSTED = 0.95  #: of the exact hits; among vectors that have no near neighbours, a graph finds hardly any
 _HALF_LARGEST = 65_504  #: the largest number of half precision
 
@@ -71,7 +74,7 @@ class Indexes:
         self._ready: set[UUID] = set()
         self._wanted: asyncio.Queue[InitializationRow] = asyncio.Queue()
         self._asked: set[UUID] = set()
-        self._trials: dict[UUID, list[float]] = {}
+        self._trials: dict[UUID, dict[bytes, float]] = {}
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Indexes]:
@@ -96,19 +99,19 @@ class Indexes:
 
     def trusted(self, initialization: UUID) -> bool | None:
         """Whether the index of a family finds what an exact search finds; None while that is being tried."""
-        trials = self._trials.get(initialization, ())
-        return None if len(trials) < TRIALS else sum(trials) / len(trials) >= TRUSTED
+        trials = self._trials.get(initialization, {})
+        return None if len(trials) < TRIALS else sum(trials.values()) / len(trials) >= TRUSTED
 
-    def tried(self, initialization: UUID, recall: float) -> None:
-        """Takes note of the share of an exact answer that the index of a family gave, too."""
-        trials = self._trials.setdefault(initialization, [])
+    def tried(self, initialization: UUID, pooled: Float32, recall: float) -> None:
+        """Takes note of the share of an exact answer that the index gave, too, for one query (d,) of a family."""
+        trials = self._trials.setdefault(initialization, {})
         if len(trials) < TRIALS:
-            trials.append(recall)
+            trials[sha256(pooled.tobytes()).digest()] = recall  # asked again, the same query says nothing new
             if len(trials) == TRIALS:
                 log.info(
                     "compared an index with exact answers",
                     initialization=str(initialization),
-                    recall=sum(trials) / len(trials),
+                    recall=sum(trials.values()) / len(trials),
                     used=self.trusted(initialization),
                 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -13,18 +13,16 @@ from fastapi import Request
 from numpy.typing import NDArray
 from sqlalchemy import (
     CTE,
-    ColumnElement,
     LargeBinary,
+    ScalarSelect,
     Select,
     Text,
     Uuid,
     any_,
     bindparam,
-    false,
     func,
     literal,
     select,
-    union_all,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -32,7 +30,6 @@ from starlette.concurrency import run_in_threadpool
 
 from tpv import files
 from tpv.errors import Invalid, InvalidTensor
-from tpv.schemas.filters import Filter
 from tpv.schemas.similarity import LISTED, Pool, PoolEcho, ReferencePool, Term, Uploaded
 from tpv.vectors import as_prompt
 from tpv_service.db import release
@@ -40,7 +37,7 @@ from tpv_service.registry import filters, publish, queries
 from tpv_service.registry.compatibility import are_mixed, check_same_initialization, label
 from tpv_service.registry.tables import InitializationRow, ParentRow, VectorRow, VersionRow
 from tpv_service.registry.views import initialization_summary, version_reference
-from tpv_service.search.family import Float32, Mask, Rows, Snapshot, as_bytes
+from tpv_service.search.family import Float32, Mask, Rows, Snapshot, as_bytes, by_age
 
 GIVEN_RULE = "the references given"
 ALL_COMPARED = "every candidate was compared"
@@ -69,6 +66,15 @@ class Query:
         return sorted(own | {self.task} if self.task else own)
 
 
+@dataclass(frozen=True)
+class Named:
+    """What an answer shows of a version."""
+
+    reference: str
+    tasks: list[str]
+    task_type: str | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
     """Rows of a matrix, some of which are candidates, and why others are not."""
@@ -78,7 +84,7 @@ class Candidates:
     ids: NDArray[Any]  #: (n,) of 16 bytes, the versions' ids
     where: Mask  #: (n,), the rows that are candidates
     mixed: list[InitializationRow] = field(default_factory=list)  #: other initializations than the query's
-    excluded: dict[str, str] = field(default_factory=dict)
+    excluded: dict[bytes, str] = field(default_factory=dict)  #: id -> why it is none; LISTED of them
     excluded_total: int = 0
     snapshot: Snapshot | None = None  #: when the rows are those of a family
 
@@ -86,16 +92,24 @@ class Candidates:
     def size(self) -> int:
         return int(np.count_nonzero(self.where))
 
+    def rows_of(self, ids: NDArray[Any]) -> Rows:
+        """The rows of those versions that are here; `ids` are (m,) of 16 bytes."""
+        if self.snapshot is not None:
+            return self.snapshot.rows_of(ids)
+        wanted = {*ids.tolist()}
+        return np.flatnonzero([version in wanted for version in self.ids.tolist()])
+
     def echo(
         self,
         metric: str,
         query: Query,
+        shown: Mapping[bytes, Named],
         *,
         how: str = ALL_COMPARED,
         exact: bool = True,
         reference_pool: ReferencePool | None = None,
     ) -> PoolEcho:
-        """What an answer says of the pool, and of how its best were found."""
+        """What an answer says of the pool, and of how its best were found; `shown` has those that are excluded."""
         others = {row.id: row for row in (*query.others, *self.mixed) if row.id != query.initialization.id}
         return PoolEcho(
             rule=self.rule,
@@ -103,21 +117,12 @@ class Candidates:
             initialization=initialization_summary(query.initialization),
             mixed_initializations=[initialization_summary(row) for row in others.values()],
             size=self.size,
-            excluded=self.excluded,
+            excluded=dict(sorted((shown[version].reference, reason) for version, reason in self.excluded.items())),
             excluded_total=self.excluded_total,
             exact=exact,
             how=how,
             reference_pool=reference_pool,
         )
-
-
-@dataclass(frozen=True)
-class Named:
-    """What an answer shows of a version."""
-
-    reference: str
-    tasks: list[str]
-    task_type: str | None
 
 
 async def read_query(
@@ -182,7 +187,6 @@ async def choose(
     *,
     allow_same_task: bool = True,
     mixed: bool = False,
-    keep_query: bool = False,
 ) -> Candidates:
     """The candidates for a query: never itself, nor vectors of its own task or made from it, unless allowed."""
     base = await (
@@ -190,20 +194,19 @@ async def choose(
         if pool.references is not None
         else _family(request, session, query, pool, mixed=mixed)
     )
-    if keep_query or not (query.versions or query.task):
+    if not (query.versions or query.task):
         return base
-    doubtful = await _doubtful(
-        session,
-        query,
-        family=None if base.snapshot is None else query.initialization.id,
-        allow_same_task=allow_same_task,
-    )
-    rows = _rows_of(base, doubtful)
-    inside = {version: row for version, row in rows.items() if base.where[row]}
-    where = base.where.copy()
-    where[list(inside.values())] = False
-    listed = sorted(doubtful[version] for version in inside)[:LISTED]
-    return replace(base, where=where, excluded=dict(listed), excluded_total=len(inside))
+    where, total = base.where.copy(), 0
+    excluded: dict[bytes, str] = {}
+    family = None if base.snapshot is None else query.initialization.id
+    for reason, ids in await _what_may_not_help(session, query, family=family, allow_same_task=allow_same_task):
+        rows = base.rows_of(ids)
+        rows = rows[where[rows]]
+        where[rows] = False
+        total += len(rows)
+        listed = by_age(base.ids, rows)[: LISTED - len(excluded)]
+        excluded |= {bytes(base.ids[row]): reason for row in listed}
+    return replace(base, where=where, excluded=excluded, excluded_total=total)
 
 
 async def _given(session: AsyncSession, query: Query, references: Sequence[str], *, mixed: bool) -> Candidates:
@@ -227,16 +230,14 @@ async def _family(request: Request, session: AsyncSession, query: Query, pool: P
             f"allow_mixed_initializations is for vectors that are named in candidates.references; else only those of "
             f"the query's initialization, {label(own)}, are looked at"
         )
-    for other in _initializations_of(pool.filter):
+    for other in filters.demanded_initializations(pool.filter):
         are_mixed((query.label, own), ("the filter", await request.state.initializations.resolve(other)), allowed=False)
     await release(session)  # families ask on a connection of their own; holding one meanwhile, many might wait for ever
     snapshot: Snapshot = await request.state.families.current(query.initialization)
     where = snapshot.newest if pool.versions == "newest" else snapshot.alive
     rule = _RULES.get(pool.versions, f"the not deleted version with the {pool.versions} of each vector")
     if pool.filter is not None or pool.versions.startswith("alias:"):
-        # As one value: to read the ids of a hundred thousand rows one by one takes longer than to find them.
-        ids = func.string_agg(func.uuid_send(VersionRow.id), literal(b"", LargeBinary))
-        statement = select(ids).select_from(VersionRow).join(VersionRow.vector)
+        statement = select(VersionRow.id).join(VersionRow.vector)
         statement = statement.where(VersionRow.initialization_id == query.initialization.id)
         if pool.versions.startswith("alias:"):
             statement = statement.where(filters.chosen(pool.versions))
@@ -244,67 +245,48 @@ async def _family(request: Request, session: AsyncSession, query: Query, pool: P
             statement = statement.where(filters.condition(pool.filter))
             rule += " that passes the filter"
         passing = np.zeros(len(snapshot), dtype=bool)
-        passing[snapshot.rows_of(np.frombuffer(await session.scalar(statement) or b"", "V16"))] = True
+        ids = await session.scalar(select(_together(statement)))
+        passing[snapshot.rows_of(np.frombuffer(ids or b"", "V16"))] = True
         where = where & passing
     return Candidates(rule=rule, matrix=snapshot.matrix, ids=snapshot.records["id"], where=where, snapshot=snapshot)
 
 
-def _initializations_of(asked: Filter | None) -> Iterator[str]:
-    """Those that a filter demands of whatever passes it."""
-    if asked is not None:
-        if asked.initialization is not None:
-            yield asked.initialization
-        for part in asked.all or ():
-            yield from _initializations_of(part)
-
-
-async def _doubtful(
+async def _what_may_not_help(
     session: AsyncSession, query: Query, *, family: UUID | None, allow_same_task: bool
-) -> dict[UUID, tuple[str, str]]:
-    """id -> (reference, reason) of the versions that may not help this query, wherever they are."""
-    own = {row.vector_id for row in query.versions}
+) -> list[tuple[str, NDArray[Any]]]:
+    """Reasons with the ids (m,) of 16 bytes of the versions, wherever they are, that they keep from this query."""
     tasks = query.tasks
-    statement = _what_may_not_help(allow_same_task, in_family=family is not None, with_tasks=bool(tasks))
-    asked = {"own_ids": [row.id for row in query.versions], "own": list(own), "family": family, "tasks": tasks}
-    rows = await session.execute(statement, asked)
+    statement = _statement(allow_same_task, in_family=family is not None, with_tasks=bool(tasks))
+    own = list({row.vector_id for row in query.versions})
+    asked = {"own_ids": [row.id for row in query.versions], "own": own, "family": family, "tasks": tasks}
+    found = (await session.execute(statement, asked)).one()
     itself = "the target itself" if len(query.versions) == 1 else "a term of the target"
-    return {
-        version: (
-            f"{namespace}/{name}:{number}",
-            itself if vector in own else "made from the target" if made_from_it else "the target's own task",
-        )
-        for version, vector, namespace, name, number, made_from_it in rows
-    }
+    reasons = (itself, "made from the target", "the target's own task")
+    return [(reason, np.frombuffer(ids or b"", "V16")) for reason, ids in zip(reasons, found, strict=False)]
 
 
 _OWN_IDS, _OWN = (any_(bindparam(name, type_=ARRAY(Uuid()))) for name in ("own_ids", "own"))
 
 
 @cache  # composing one takes longer than Postgres does
-def _what_may_not_help(
-    allow_same_task: bool, *, in_family: bool, with_tasks: bool
-) -> Select[UUID, UUID, str, str, int, bool]:
-    """(id, vector_id, namespace, name, number, whether made from the target), the target's parts as parameters."""
-    made: ColumnElement[bool] = false()
+def _statement(allow_same_task: bool, *, in_family: bool, with_tasks: bool) -> Select[*tuple[Any, ...]]:
+    """One row: the target's own versions, what was made from them, and what is of its tasks; these are parameters."""
     if allow_same_task:
-        doubtful = [select(VersionRow.id).where(VersionRow.id == _OWN_IDS)]
-    else:
-        descendants = _descendants()
-        made = VersionRow.id.in_(select(descendants.c.version_id))
+        return select(_together(select(VersionRow.id).where(VersionRow.id == _OWN_IDS)))
+    doubtful = [select(VersionRow.id).where(VersionRow.vector_id == _OWN), select(_descendants().c.version_id)]
+    if with_tasks:
         tasks = bindparam("tasks", type_=ARRAY(Text()))
         same_task = select(VersionRow.id).join(VersionRow.vector).where(VectorRow.tasks.overlap(tasks))
         if in_family:
             same_task = same_task.where(VersionRow.initialization_id == bindparam("family", type_=Uuid()))
-        doubtful = [  # one statement each, for each has an index of its own
-            select(VersionRow.id).where(VersionRow.vector_id == _OWN),
-            select(descendants.c.version_id),
-            *([same_task] if with_tasks else []),
-        ]
-    return (
-        select(VersionRow.id, VersionRow.vector_id, VectorRow.namespace, VectorRow.name, VersionRow.number, made)
-        .join(VersionRow.vector)
-        .where(VersionRow.id.in_(union_all(*doubtful)))
-    )
+        doubtful.append(same_task)
+    return select(*map(_together, doubtful))
+
+
+def _together(ids: Select[UUID]) -> ScalarSelect[bytes]:
+    """Ids as one value: to read those of a hundred thousand rows one by one takes longer than to find them."""
+    (found,) = ids.subquery().c
+    return select(func.string_agg(func.uuid_send(found), literal(b"", LargeBinary))).scalar_subquery()
 
 
 def _descendants() -> CTE:
@@ -339,11 +321,3 @@ async def named(session: AsyncSession, ids: Iterable[Any]) -> dict[bytes, Named]
         version.bytes: Named(f"{namespace}/{name}:{number}", tasks, task_type)
         for version, namespace, name, number, tasks, task_type in rows
     }
-
-
-def _rows_of(base: Candidates, ids: Iterable[UUID]) -> dict[UUID, int]:
-    if base.snapshot is not None:
-        rows: Rows = base.snapshot.rows_of(as_bytes(ids))
-        return {UUID(bytes=bytes(base.ids[row])): row for row in rows.tolist()}
-    wanted = {version.bytes: version for version in ids}
-    return {wanted[key]: i for i, key in enumerate(map(bytes, base.ids)) if key in wanted}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -17,14 +18,16 @@ from tpv import files
 from tpv.errors import Invalid
 from tpv.schemas.similarity import Pool, ReferencePool
 from tpv.similarity import Metric, pooled_similarity, similarity
+from tpv_service.db import release
 from tpv_service.registry import publish
 from tpv_service.registry.compatibility import label
 from tpv_service.registry.tables import InitializationRow, VersionRow
-from tpv_service.search.family import Float32, Mask, Rows
+from tpv_service.search.family import Float32, Mask, Rows, by_age
 from tpv_service.search.queries import Candidates, Query, choose
 from tpv_service.storage import BlobStore
 
 CENTRE_LEAST = 10  #: vectors of a reference pool; centred on n of their own, n vectors have a mean cosine of -1/(n-1)
+TIES = 1_000  #: with equal similarities, that rank by reference; more rank by age, for their names are not asked for
 _BLOCK = 8192  #: rows; what is computed on the way to a similarity stays in the processor's cache
 
 
@@ -99,6 +102,7 @@ async def measure(
             f"{', '.join(sorted(strangers))}; take {metric.removesuffix('-centered')}, or leave them out"
         )
     pool = await choose(request, session, query, reference_pool or Pool())
+    await release(session)
     center = await center_of(pool, metric)
     return Measure(metric=metric, center=center, reference_pool=ReferencePool(rule=pool.rule, size=pool.size))
 
@@ -142,13 +146,15 @@ def _mean(pool: Candidates) -> Float32:
     return np.asarray(total / count, dtype=np.float32)
 
 
-def best(similarities: NDArray[np.float32], where: Mask, k: int) -> Rows:
-    """The rows of the k largest similarities, and of all that are equal to the last of them."""
+def best(similarities: NDArray[np.float32], where: Mask, ids: NDArray[Any], k: int) -> Rows:
+    """The rows of the k largest similarities, k <= TIES, and last all that equal the k-th; of many, the TIES oldest."""
     rows = np.flatnonzero(where)
-    if len(rows) > k:
-        least = np.partition(similarities[rows], len(rows) - k)[len(rows) - k]
-        rows = rows[similarities[rows] >= least]
-    return rows
+    if len(rows) <= k:
+        return rows
+    values = similarities[rows]
+    least = np.partition(values, len(rows) - k)[len(rows) - k]
+    equal = rows[values == least]
+    return np.concatenate([rows[values > least], equal if len(equal) <= TIES else by_age(ids, equal)[:TIES]])
 
 
 def tied(similarities: NDArray[np.float32], where: Mask) -> Rows:
@@ -165,6 +171,7 @@ async def flat_similarities(
     """`cosine-flat` of the query with these versions, whose files are read whole, one at a time."""
     found = await session.execute(select(VersionRow.id, VersionRow.digest).where(VersionRow.id.in_(ids)))
     digests = dict(found.all())
+    await release(session)
     store: BlobStore = request.state.store
 
     def compare() -> NDArray[np.float32]:

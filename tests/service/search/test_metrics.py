@@ -99,12 +99,33 @@ async def test_a_matrix_as_csv_has_similar_ones_side_by_side_and_says_what_it_is
     (title, *header), *rows = csv.reader(StringIO(text.text))
 
     assert text.headers["content-type"].startswith("text/csv")
-    assert title == "cosine, min-max normalized, default/family"
+    assert title == "cosine, exact, min-max normalized, default/family"
     assert answer.order != sorted(answer.order)
     assert header == [row[0] for row in rows] == [answer.references[i] for i in answer.order]
     assert [[float(value) for value in row[1:]] for row in rows] == [
         [answer.matrix[i][j] for j in answer.order] for i in answer.order
     ]
+
+
+async def test_a_centred_matrix_as_csv_says_what_was_subtracted(http: httpx.AsyncClient, vectors):
+    body = {"references": ["rte", "s00"], "metric": "dot-centered", "reference_pool": {"references": list(vectors)}}
+    text = (await http.post("/api/v1/similarity/matrix", params={"format": "csv"}, json=body)).raise_for_status().text
+
+    assert text.startswith('"dot-centered, exact, default/family, less the mean of 13 (the references given)"')
+
+
+async def test_newest_is_the_newest_of_an_initialization_that_is_asked_for(client, vectors, start):
+    await client.initializations.create("other", base_model="tiny-t5", revision="a" * 40, tensor=start + 1)
+    await client.vectors.register("s00", vector=vectors["s00"], initialization="other")
+    asked = {"names": ["s00", "s01"], "initialization": "family"}
+
+    matrix = await client.similarity.matrix(**asked)
+    found = [one.version async for one in client.vectors.search(**asked)]
+    newest = [one.version async for one in client.vectors.search(names=asked["names"])]
+    pool = await client.similarity.search("rte", names=asked["names"])
+    assert sorted(matrix.references) == ["default/s00:1", "default/s01:1"]
+    assert (found, newest) == ([1, 1], [2, 1])
+    assert {hit.reference for hit in pool.hits} == {"default/s00:1", "default/s01:1"}
 
 
 async def test_a_matrix_takes_what_passes_a_filter(client, vectors):
@@ -239,6 +260,43 @@ async def test_a_large_pool_is_compared_whole_only_as_far_as_it_looks_similar(cl
         await client.similarity.search("rte", metric="cosine-flat", accuracy="exact")
     with pytest.raises(errors.Invalid, match=f"at most {FLAT_LIMIT}"):
         await client.similarity.matrix(["rte"] * (FLAT_LIMIT + 1), metric="cosine-flat")
+    equal = await client.similarity.search({"rte": 0}, k=2, metric="cosine-flat")
+    assert equal.pool.how == answer.pool.how
+    assert [hit.reference for hit in equal.hits] == ["default/s00:1", "default/s01:1"]
+
+
+async def test_of_very_many_equal_ones_the_oldest_come_first(client, vectors, monkeypatch):
+    monkeypatch.setattr("tpv_service.search.scores.TIES", 3)
+    for name in ("b", "a"):
+        await client.vectors.register(name, vector=np.zeros((ROWS, WIDTH), np.float32), initialization="family")
+    found = await client.similarity.search({"rte": 0}, k=3)
+    group = await client.groupings.create("b", strategy="all")
+
+    assert [hit.reference for hit in found.hits] == ["default/s00:1", "default/s01:1", "default/s02:1"]
+    names = ["rte", *(f"s{i:02}" for i in range(SOURCES)), "a"]
+    assert [member.reference for member in group.members] == [f"default/{name}:1" for name in names]
+
+
+async def test_of_many_that_are_left_out_some_are_named(client, vectors, monkeypatch):
+    for i in range(3):
+        await client.vectors.register(f"own{i}", vector=vectors["s00"] + i, initialization="family", task="task-rte")
+    monkeypatch.setattr("tpv_service.search.queries.LISTED", 2)
+    for candidates in (None, [*vectors, "own0", "own1", "own2"]):
+        answer = await client.similarity.search("rte", candidates=candidates, k=100)
+
+        assert answer.pool.excluded == {
+            "default/own0:1": "the target's own task",
+            "default/rte:1": "the target itself",
+        }
+        assert (answer.pool.excluded_total, answer.pool.size) == (4, SOURCES)
+
+
+async def test_an_answer_has_an_end(client, vectors, monkeypatch):
+    monkeypatch.setattr("tpv_service.search.endpoints.ANSWER_LIMIT", 30)
+    assert len((await client.groupings.create("rte", strategy="all")).members) == SOURCES
+    with pytest.raises(errors.Invalid, match="more than 30 members and decisions; give max_size"):
+        await client.groupings.create_many(["rte", "s00"], strategy="all")
+    assert len(await client.groupings.create_many(["rte", "s00"], strategy="all", max_size=1, task_type="odd")) == 2
 
 
 class TestMixedInitializations:
@@ -259,7 +317,7 @@ class TestMixedInitializations:
             with pytest.raises(errors.IncompatibleVectors, match=said):
                 await call
 
-    async def test_with_the_flag_they_are_compared_and_the_answer_says_so(self, client, vectors, stranger):
+    async def test_with_the_flag_they_are_compared_and_the_answer_says_so(self, client, http, vectors, stranger):
         asked = {"allow_mixed_initializations": True}
         found = await client.similarity.search("rte", candidates=["s01", "stranger"], **asked)
         values = {hit.reference: hit.similarity for hit in found.hits}
@@ -269,6 +327,10 @@ class TestMixedInitializations:
         assert values["default/stranger:1"] == pytest.approx(float(similarity(vectors["rte"], stranger)), rel=1e-5)
         for said in (found.pool, group.pool, matrix):
             assert [summary.name for summary in said.mixed_initializations] == ["other"]
+        table = await http.post(
+            "/api/v1/similarity/matrix?format=csv", json={"references": ["rte", "stranger"], **asked}
+        )
+        assert table.text.startswith('"dot, exact, default/family and default/other"')
 
     async def test_soft_prompts_are_compared_with_the_initialization_of_each(self, client, vectors, start, stranger):
         asked = {"metric": "cosine-prompt", "allow_mixed_initializations": True}
@@ -386,6 +448,10 @@ async def test_products_beyond_float32_are_refused(client, vectors):
     ):
         with pytest.raises(errors.Invalid, match="leave the range of float32"):
             await call
+    for metric in ("cosine", "cosine-flat"):  # an angle is none the less one
+        matrix = await client.similarity.matrix(["huge", "huge-too", "s00"], metric=metric)
+        found = await client.similarity.search("huge", candidates=["huge-too"], metric=metric)
+        assert matrix.matrix[0][1] == found.hits[0].similarity == pytest.approx(1)
 
 
 async def test_a_pool_says_all_by_itself(client, vectors):

@@ -26,7 +26,7 @@ def alike(seed: int, count: int = COUNT) -> np.ndarray:
 
 
 def best_of_all(matrix: np.ndarray, query: np.ndarray, where: np.ndarray, k: int) -> list[int]:
-    return sorted(best(matrix @ query, where, k).tolist())
+    return sorted(best(matrix @ query, where, np.zeros(len(matrix), "V16"), k).tolist())
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -34,20 +34,41 @@ def best_of_all(matrix: np.ndarray, query: np.ndarray, where: np.ndarray, k: int
 @pytest.mark.parametrize("seed", range(2))
 def test_nothing_that_is_among_the_best_is_ruled_out(seed, sketched, k):
     matrix, random = alike(seed), np.random.default_rng(seed)
-    sketch = sketch_of(matrix[:sketched])
+    sketch, ruled_out = sketch_of(matrix[:sketched]), 0
     for _ in range(20):
         where = random.random(COUNT) < random.choice([0.5, 1.0])
         query = random.choice([matrix[random.integers(COUNT)], random.normal(size=WIDTH), -matrix[0]])
         rows = sketch.promising(matrix, query.astype(np.float32), where, k)
         if rows is not None:
+            ruled_out += 1
             assert where[rows].all()
             products = matrix[rows] @ query.astype(np.float32)
-            found = rows[best(products, np.ones(len(rows), bool), k)]
+            found = rows[best(products, np.ones(len(rows), bool), np.zeros(len(rows), "V16"), k)]
             expected = best_of_all(matrix, query.astype(np.float32), where, k)
             np.testing.assert_allclose(
                 np.sort(matrix[found] @ query)[-k:], np.sort(matrix[expected] @ query)[-k:], rtol=1e-5, atol=1e-5
             )
             assert set(expected) <= set(rows.tolist())
+    assert ruled_out > 10
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-23, 1e25])
+@pytest.mark.parametrize("scaled", ["query", "vectors"])
+def test_very_small_and_very_large_numbers_change_nothing(scaled, scale):
+    matrix, everywhere = alike(0), np.ones(COUNT, bool)
+    expected = sketch_of(matrix).promising(matrix, matrix[5], everywhere, 1)
+    query = matrix[5] * np.float32(scale if scaled == "query" else 1)
+    others = matrix * np.float32(scale if scaled == "vectors" else 1)
+    rows = sketch_of(others).promising(others, query, everywhere, 1)
+
+    assert expected is not None
+    assert rows is not None
+    assert set(best_of_all(matrix, matrix[5], everywhere, 1)) <= set(rows.tolist())
+
+
+def test_a_query_of_zeros_rules_nothing_out():
+    matrix = alike(0)
+    assert sketch_of(matrix).promising(matrix, np.zeros(WIDTH, np.float32), np.ones(COUNT, bool), 1) is None
 
 
 def test_most_are_ruled_out():
@@ -81,7 +102,8 @@ def test_zeros_and_overflows_rule_nothing_out_that_is_good(value):
     with np.errstate(over="ignore", invalid="ignore"):
         rows = sketch_of(matrix).promising(matrix, matrix[5], np.ones(COUNT, bool), 1)
 
-    assert rows is None or set(best_of_all(matrix, matrix[5], np.ones(COUNT, bool), 1)) <= set(rows.tolist())
+    assert rows is not None
+    assert set(best_of_all(matrix, matrix[5], np.ones(COUNT, bool), 1)) <= set(rows.tolist())
 
 
 def test_a_sketch_grows_with_its_family():

@@ -95,7 +95,7 @@ def test_shapes_that_do_not_fit_are_refused_even_when_mixing_is_allowed() -> Non
 def test_what_is_no_vector_is_neither_added_nor_subtracted(other: Any) -> None:
     T = TaskPromptVector(START, HERE)
     for operation in (lambda: T + other, lambda: T - other, lambda: other - T):
-        with pytest.raises(TypeError, match="unsupported operand|does not support"):
+        with pytest.raises(TypeError, match=r"unsupported operand|does not support"):
             operation()
     if not isinstance(other, int):
         with pytest.raises(TypeError):

@@ -99,8 +99,8 @@ def test_a_cosine_does_not_see_lengths(a: np.ndarray, b: np.ndarray, factor: flo
 @pytest.mark.parametrize("metric", ["cosine", "cosine-flat"])
 def test_a_cosine_of_float32_whose_squares_are_none(metric: Any, factor: float) -> None:
     a, b = np.random.default_rng(0).uniform(0.1, 1, size=(2, 3, 4))
-    expected = similarity.similarity(a, b, metric)  # type: ignore[arg-type]
-    found = similarity.similarity((factor * a).astype(np.float32), b.astype(np.float32), metric)  # type: ignore[arg-type]
+    expected = similarity.similarity(a, b, metric)
+    found = similarity.similarity((factor * a).astype(np.float32), b.astype(np.float32), metric)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 

@@ -54,7 +54,7 @@ _LOOK = text(f"""
             where initialization_id = :family and txid >= cast(cast(:since as text) as xid8) and id <> all(:known)
             order by txid limit 1) is not null as grown,
            array(select distinct vector_id from changes where txid >= cast(cast(:since as text) as xid8)) as changed
-""").bindparams(  # noqa: S608 # the part stands above
+""").bindparams(  # noqa: S608 # _SOURCE is the constant above
     bindparam("known", type_=ARRAY(Uuid())), bindparam("family", type_=Uuid())
 )
 _DELETED = text("""

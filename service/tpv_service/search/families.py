@@ -35,7 +35,7 @@ from tpv_service.search.family import RECORD, Family, Snapshot
 
 log = structlog.get_logger()
 
-_ROWS_HELD = 4_000_000  #: of all families together; at most 330 bytes of memory each, beside what the system maps
+_ROWS_HELD = 4_000_000  #: of all families together; at most 340 bytes of memory each, beside what the system maps
 _FAMILIES_HELD = 100  #: each has two files open
 _PATIENCE = 20.0  #: seconds that a query waits for a large family to be read; it goes on without the query
 _FEW = 1_000  #: versions that are looked through as fast as a thread takes over
@@ -65,8 +65,12 @@ _STATES = text("""
     select v.id, v.deleted_at is null and w.deleted_at is null from versions v join vectors w on w.id = v.vector_id
     where v.initialization_id = :family and v.vector_id = any(:changed)
 """).bindparams(bindparam("changed", type_=ARRAY(Uuid())), bindparam("family", type_=Uuid()))
+_TASKS = text("select hash_array_extended(tasks, 0), tasks from vectors where id = any(:vectors)").bindparams(
+    bindparam("vectors", type_=ARRAY(Uuid()))
+)
 _ROWS = sql.SQL("""
-    copy (select v.id, v.vector_id, v.number, v.txid, v.deleted_at is null and w.deleted_at is null, v.pooled
+    copy (select v.id, v.vector_id, v.number, v.txid, hash_array_extended(w.tasks, 0),
+                 v.deleted_at is null and w.deleted_at is null, v.pooled
           from versions v join vectors w on w.id = v.vector_id
           where v.initialization_id = {family} and v.txid >= {since}::text::xid8 and v.id <> all({known}::uuid[]))
     to stdout (format binary)
@@ -166,6 +170,9 @@ async def _catch_up(session: AsyncSession, initialization: UUID, family: Family)
         await _read_rows(session, initialization, family, known)
         await release(session)
         await run_in_threadpool(family.settle, look.horizon)
+    if family.untold:
+        for hashed, tasks in await session.execute(_TASKS, {"vectors": [*family.untold.values()]}):
+            family.tell(hashed, tasks)
     if look.changed:
         states = (await session.execute(_STATES, {"family": initialization, "changed": look.changed})).all()
         await run_in_threadpool(family.set_alive, [s[0] for s in states], [s[1] for s in states])
@@ -197,7 +204,7 @@ _HEADER = 19  #: bytes before the first row of a binary COPY
 
 def _layout(width: int) -> np.dtype[Any]:
     """A row of a binary COPY: every field is as long in all rows of a family, so rows are read as an array."""
-    fields = [("id", "V16"), ("vector", "V16"), ("number", ">i4"), ("txid", ">u8"), ("alive", "?")]
+    fields = [("id", "V16"), ("vector", "V16"), ("number", ">i4"), ("txid", ">u8"), ("tasks", ">i8"), ("alive", "?")]
     pooled = np.dtype([("width", ">i2"), ("unused", ">i2"), ("values", ">f4", (width,))])
     parts: list[tuple[str, Any]] = [("fields", ">i2")]
     for name, kind in [*fields, ("pooled", pooled)]:
@@ -214,10 +221,10 @@ def _take(family: Family, content: bytearray, layout: np.dtype[Any], horizon: in
         return 0
     rows = np.frombuffer(bytes(content[: count * layout.itemsize]), layout)
     del content[: count * layout.itemsize]
-    if not ((rows["fields"] == 6) & (rows["pooled"]["width"] == family.width)).all():
+    if not ((rows["fields"] == 7) & (rows["pooled"]["width"] == family.width)).all():
         raise ValueError("a row of the family has another width than its initialization")
     records = np.zeros(count, RECORD)
-    for field in ("id", "vector", "number", "txid"):
+    for field in RECORD.names or ():
         records[field] = rows[field]
     pooled = rows["pooled"]["values"].astype(np.float32)
     family.append(records, pooled, rows["alive"].astype(bool), horizon)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ Mask = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
 Sorted = tuple[Rows, NDArray[np.uint64]]  #: rows in the order of their ids' second halves, and these halves
 
-RECORD = np.dtype([("id", "V16"), ("vector", "V16"), ("txid", "<u8"), ("number", "<i4")])
+RECORD = np.dtype([("id", "V16"), ("vector", "V16"), ("txid", "<u8"), ("number", "<i4"), ("tasks", "<i8")])
 
 _BLOCK = 1 << 26  #: bytes that are read at a time to check them
 #: Bytes; more are synced at once. The kernel would write them all back half a minute later, and the fsync of a
@@ -46,6 +46,8 @@ class Snapshot:
     records: NDArray[Any]  #: (n,) of RECORD
     alive: Mask  #: (n,), neither version nor vector is deleted
     newest: Mask  #: (n,), the newest living version of its vector
+    tasks: NDArray[np.int32]  #: (n,), which list of tasks each has; a vector's tasks never change
+    lists: Mapping[str, Sequence[int]]  #: by task, the lists that it is in
     places: Sorted  #: of the first rows, most of them all
     sketch: Sketch | None = None  #: of the first rows; none of a family that is multiplied as fast
 
@@ -71,6 +73,11 @@ class Snapshot:
                 rows = np.where(self.records["id"][found] == ids, found, rows)
         return rows[rows >= 0]
 
+    def of_tasks(self, tasks: Iterable[str]) -> Rows:
+        """The rows that have one of these tasks, ascending."""
+        wanted = {number for task in tasks for number in self.lists.get(task, ())}
+        return np.flatnonzero(np.isin(self.tasks, [*wanted]))
+
     @cached_property
     def _tail(self) -> Sorted:
         """The places of the rows that came after the sorted ones."""
@@ -93,7 +100,7 @@ class Family:
         self.width, self.source = width, source
         self.settled = False  #: nothing has been added since the last `settle`; if that fails, it must be opened again
         self.horizon = 0  #: every transaction with a smaller number had ended when the copy was last brought up to date
-        self._head = {"format": 1, "source": source, "width": width}
+        self._head = {"format": 2, "source": source, "width": width}
         self._log, self._matrix, self._records = (path.with_suffix(f".{name}") for name in ("log", "f32", "rows"))
         count = self._recover()
         for file, size in ((self._matrix, 4 * width), (self._records, RECORD.itemsize)):
@@ -103,7 +110,10 @@ class Family:
                 opened.truncate(count * size)
         alive = np.ones(count, dtype=bool)
         self._places = _sorted(np.zeros(0, RECORD))
-        self.snapshot = self._map(count, alive, np.zeros(count, dtype=bool))
+        self._numbers: dict[int, int] = {}  #: of a list of tasks, by its hash
+        self._lists: dict[str, list[int]] = {}
+        self.untold: dict[int, UUID] = {}  #: hashes of lists that `tell` has not told of yet, with a vector of each
+        self.snapshot = self._map(count, alive, np.zeros(count, dtype=bool), np.zeros(0, np.int32))
         self._touched: list[NDArray[Any]] = [self.snapshot.records["vector"]]
         self._recent = np.arange(count)  #: rows that may be of a transaction since the horizon, which only grows
         self.settle()
@@ -124,7 +134,9 @@ class Family:
         count = len(now) + len(records)
         self._write_entry(count, [zlib.crc32(content) for content in contents], horizon)
         newest = np.concatenate([now.newest, np.zeros_like(alive)])
-        self.snapshot = replace(self._map(count, np.concatenate([now.alive, alive]), newest), sketch=now.sketch)
+        self.snapshot = replace(
+            self._map(count, np.concatenate([now.alive, alive]), newest, now.tasks), sketch=now.sketch
+        )
         self._touched.append(records["vector"])
         self._recent = np.concatenate([self._recent, np.arange(len(now), count)])
 
@@ -140,6 +152,12 @@ class Family:
         if horizon is not None:
             self._write_entry(len(self.snapshot), [0, 0], horizon)
         self.settled = True
+
+    def tell(self, hashed: int, tasks: Sequence[str]) -> None:
+        """Says which list of tasks has this hash."""
+        if self.untold.pop(hashed, None):
+            for task in tasks:
+                self._lists.setdefault(task, []).append(self._numbers[hashed])
 
     def forget(self) -> None:
         """Makes whoever opens the copy next begin a new one."""
@@ -173,14 +191,26 @@ class Family:
         self._recent = self._recent[records["txid"][self._recent] >= self.horizon]
         return [UUID(bytes=version.tobytes()) for version in records["id"][self._recent]]
 
-    def _map(self, count: int, alive: Mask, newest: Mask) -> Snapshot:
+    def _map(self, count: int, alive: Mask, newest: Mask, tasks: NDArray[np.int32]) -> Snapshot:
+        """The first `count` rows as a snapshot; `tasks` of the first of them are known."""
         if count == 0:
-            return Snapshot(np.zeros((0, self.width), np.float32), np.zeros(0, RECORD), alive, newest, self._places)
+            nothing = np.zeros((0, self.width), np.float32), np.zeros(0, RECORD)
+            return Snapshot(*nothing, alive, newest, tasks, self._lists, self._places)
         matrix = np.memmap(self._matrix, "<f4", mode="r", shape=(count, self.width)).view(np.ndarray)
         records = np.memmap(self._records, RECORD, mode="r", shape=(count,)).view(np.ndarray)
         if _TAIL * (count - len(self._places[0])) > count:
             self._places = _sorted(records)
-        return Snapshot(matrix, records, alive, newest, self._places)
+        tasks = np.concatenate([tasks, self._tasks_of(records[len(tasks) :])])
+        return Snapshot(matrix, records, alive, newest, tasks, self._lists, self._places)
+
+    def _tasks_of(self, records: NDArray[Any]) -> NDArray[np.int32]:
+        """The number of each row's list of tasks; one that is new here gets the next."""
+        hashes, first, places = np.unique(records["tasks"], return_index=True, return_inverse=True)
+        for hashed, row in zip(hashes.tolist(), first.tolist(), strict=True):
+            if hashed not in self._numbers:
+                self._numbers[hashed] = len(self._numbers)
+                self.untold[hashed] = UUID(bytes=records["vector"][row].tobytes())
+        return np.array([self._numbers[hashed] for hashed in hashes.tolist()], np.int32)[places]
 
     def _recover(self) -> int:
         """How many rows of the files are whole; 0, with a new log, when they cannot be trusted."""

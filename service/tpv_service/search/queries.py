@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +15,6 @@ from sqlalchemy import (
     LargeBinary,
     ScalarSelect,
     Select,
-    Text,
     Uuid,
     any_,
     bindparam,
@@ -82,6 +80,7 @@ class Candidates:
     rule: str
     matrix: Float32  #: (n, d) pooled vectors
     ids: NDArray[Any]  #: (n,) of 16 bytes, the versions' ids
+    tasks: Sequence[Sequence[str]] = ()  #: (n,), when the rows are not those of a family
     where: Mask  #: (n,), the rows that are candidates
     mixed: list[InitializationRow] = field(default_factory=list)  #: other initializations than the query's
     excluded: dict[bytes, str] = field(default_factory=dict)  #: id -> why it is none; LISTED of them
@@ -98,6 +97,12 @@ class Candidates:
             return self.snapshot.rows_of(ids)
         wanted = {*ids.tolist()}
         return np.flatnonzero([version in wanted for version in self.ids.tolist()])
+
+    def of_tasks(self, tasks: Sequence[str]) -> Rows:
+        """The rows that have one of these tasks."""
+        if self.snapshot is not None:
+            return self.snapshot.of_tasks(tasks)
+        return np.flatnonzero([not {*tasks}.isdisjoint(own) for own in self.tasks])
 
     def echo(
         self,
@@ -194,13 +199,13 @@ async def choose(
         if pool.references is not None
         else _family(request, session, query, pool, mixed=mixed)
     )
-    if not (query.versions or query.task):
-        return base
+    found = await _itself_and_what_it_made(session, query, allow_same_task=allow_same_task)
+    doubtful = [(reason, base.rows_of(ids)) for reason, ids in found]
+    if not allow_same_task:
+        doubtful.append(("the target's own task", base.of_tasks(query.tasks)))
     where, total = base.where.copy(), 0
     excluded: dict[bytes, str] = {}
-    family = None if base.snapshot is None else query.initialization.id
-    for reason, ids in await _what_may_not_help(session, query, family=family, allow_same_task=allow_same_task):
-        rows = base.rows_of(ids)
+    for reason, rows in doubtful:
         rows = rows[where[rows]]
         where[rows] = False
         total += len(rows)
@@ -217,6 +222,7 @@ async def _given(session: AsyncSession, query: Query, references: Sequence[str],
         rule=GIVEN_RULE,
         matrix=pooled_of(rows),
         ids=as_bytes(row.id for row in rows),
+        tasks=[row.vector.tasks for row in rows],
         where=np.ones(len(rows), dtype=bool),
         mixed=[row.initialization for row in rows],
     )
@@ -251,36 +257,22 @@ async def _family(request: Request, session: AsyncSession, query: Query, pool: P
     return Candidates(rule=rule, matrix=snapshot.matrix, ids=snapshot.records["id"], where=where, snapshot=snapshot)
 
 
-async def _what_may_not_help(
-    session: AsyncSession, query: Query, *, family: UUID | None, allow_same_task: bool
+async def _itself_and_what_it_made(
+    session: AsyncSession, query: Query, *, allow_same_task: bool
 ) -> list[tuple[str, NDArray[Any]]]:
     """Reasons with the ids (m,) of 16 bytes of the versions, wherever they are, that they keep from this query."""
-    tasks = query.tasks
-    statement = _statement(allow_same_task, in_family=family is not None, with_tasks=bool(tasks))
-    own = list({row.vector_id for row in query.versions})
-    asked = {"own_ids": [row.id for row in query.versions], "own": own, "family": family, "tasks": tasks}
-    found = (await session.execute(statement, asked)).one()
     itself = "the target itself" if len(query.versions) == 1 else "a term of the target"
-    reasons = (itself, "made from the target", "the target's own task")
-    return [(reason, np.frombuffer(ids or b"", "V16")) for reason, ids in zip(reasons, found, strict=False)]
+    if allow_same_task or not query.versions:
+        return [(itself, as_bytes(row.id for row in query.versions))]
+    own = list({row.vector_id for row in query.versions})
+    versions, made = (await session.execute(_ITS_OWN, {"own": own})).one()
+    return [
+        (itself, np.frombuffer(versions or b"", "V16")),
+        ("made from the target", np.frombuffer(made or b"", "V16")),
+    ]
 
 
-_OWN_IDS, _OWN = (any_(bindparam(name, type_=ARRAY(Uuid()))) for name in ("own_ids", "own"))
-
-
-@cache  # composing one takes longer than Postgres does
-def _statement(allow_same_task: bool, *, in_family: bool, with_tasks: bool) -> Select[*tuple[Any, ...]]:
-    """One row: the target's own versions, what was made from them, and what is of its tasks; these are parameters."""
-    if allow_same_task:
-        return select(_together(select(VersionRow.id).where(VersionRow.id == _OWN_IDS)))
-    doubtful = [select(VersionRow.id).where(VersionRow.vector_id == _OWN), select(_descendants().c.version_id)]
-    if with_tasks:
-        tasks = bindparam("tasks", type_=ARRAY(Text()))
-        same_task = select(VersionRow.id).join(VersionRow.vector).where(VectorRow.tasks.overlap(tasks))
-        if in_family:
-            same_task = same_task.where(VersionRow.initialization_id == bindparam("family", type_=Uuid()))
-        doubtful.append(same_task)
-    return select(*map(_together, doubtful))
+_OWN = any_(bindparam("own", type_=ARRAY(Uuid())))
 
 
 def _together(ids: Select[UUID]) -> ScalarSelect[bytes]:
@@ -298,6 +290,12 @@ def _descendants() -> CTE:
         .cte("made", recursive=True)
     )
     return made.union(select(ParentRow.version_id).join(made, ParentRow.parent_id == made.c.version_id))
+
+
+#: The versions of the own names of a target, and what was made from them. To compose it takes longer than to run it.
+_ITS_OWN = select(
+    _together(select(VersionRow.id).where(VersionRow.vector_id == _OWN)), _together(select(_descendants().c.version_id))
+)
 
 
 def pooled_of(rows: Sequence[VersionRow]) -> Float32:

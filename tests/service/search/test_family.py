@@ -34,6 +34,10 @@ def ids(records: np.ndarray) -> list[UUID]:
     return [UUID(bytes=bytes(version)) for version in records["id"]]
 
 
+def ids_of_vectors(records: np.ndarray) -> list[UUID]:
+    return [UUID(bytes=bytes(vector)) for vector in records["vector"]]
+
+
 @pytest.fixture
 def family(tmp_path: Path) -> Family:
     return Family(tmp_path / "family", WIDTH, SOURCE)
@@ -88,6 +92,23 @@ def test_the_newest_living_version_of_each_vector_is_known(family: Family, count
     assert np.flatnonzero(family.snapshot.newest).tolist() == list(range(count))
     family.set_alive(ids(versions[2])[:1], [True])
     assert np.flatnonzero(family.snapshot.newest).tolist() == [*range(1, count), 2 * count]
+
+
+def test_rows_are_found_by_any_of_their_tasks_after_a_restart_too(family: Family, tmp_path: Path) -> None:
+    lists = {7: ["mnli", "snli"], -3: ["snli"], 0: []}
+    first, second = rows(4), rows(3)
+    first["tasks"], second["tasks"] = [7, -3, 7, 0], [-3, -3, 7]
+
+    def told(family: Family) -> list[list[int]]:
+        for hashed in list(family.untold):
+            family.tell(hashed, lists[hashed])
+        return [family.snapshot.of_tasks(asked).tolist() for asked in (["mnli"], ["snli", "mnli"], ["boolq"], [])]
+
+    add(family, first)
+    assert family.untold == {7: ids_of_vectors(first)[0], -3: ids_of_vectors(first)[1], 0: ids_of_vectors(first)[3]}
+    assert told(family) == [[0, 2], [0, 1, 2], [], []]
+    add(family, second)
+    assert told(family) == told(reopened(tmp_path)) == [[0, 2, 6], [0, 1, 2, 4, 5, 6], [], []]
 
 
 def test_a_snapshot_stays_as_it_was(family: Family) -> None:

@@ -42,6 +42,7 @@ async def test_search_ranks_by_the_product_of_pooled_vectors(client, vectors):
 async def test_the_pool_leaves_out_the_targets_own_task_and_what_was_made_from_it(client, vectors):
     tensor = vectors["rte"] + 1
     await client.vectors.register("rte-2", vector=tensor, initialization="family", task="task-rte")
+    await client.vectors.register("both", vector=tensor + 3, initialization="family", task=["z", "task-rte"])
     await client.vectors.register(
         "child", vector=tensor + 1, initialization="family", task="x", parents=[{"reference": "rte"}]
     )
@@ -50,14 +51,17 @@ async def test_the_pool_leaves_out_the_targets_own_task_and_what_was_made_from_i
     )
     strict = await client.similarity.search("rte", k=100)
     loose = await client.similarity.search("rte", k=100, allow_same_task=True)
+    named = await client.groupings.create(target="rte", candidates=["both", "s0", "child"])
 
     assert strict.pool.excluded == {
         "default/rte:1": "the target itself",
         "default/rte-2:1": "the target's own task",
+        "default/both:1": "the target's own task",
         "default/child:1": "made from the target",
         "default/grandchild:1": "made from the target",
     }
-    assert {hit.reference for hit in loose.hits} > {"default/rte-2:1", "default/child:1"}
+    assert {hit.reference for hit in loose.hits} > {"default/rte-2:1", "default/both:1", "default/child:1"}
+    assert named.pool.excluded == {"default/both:1": "the target's own task", "default/child:1": "made from the target"}
 
 
 async def test_only_the_newest_not_deleted_version_is_in_the_pool(client, vectors):

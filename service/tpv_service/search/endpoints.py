@@ -50,9 +50,11 @@ from tpv_service.search.queries import (
     Candidates,
     Query,
     choose,
+    leave_out,
     named,
     pooled_of,
     read_query,
+    whole_pool,
 )
 
 router = APIRouter(tags=["similarity"])
@@ -111,7 +113,7 @@ async def _nearest(
             return found
         if asked.accuracy != "exact":
             indexed = await _by_index(request, session, query, pool, asked)
-        if indexed and (asked.accuracy == "approximate" or request.state.indexes.trusted(family)):
+        if indexed and (asked.accuracy == "approximate" or request.state.indexes.trusted(family, len(pool.matrix))):
             return indexed
     others = [*query.others, *pool.mixed]
     measure = await scores.measure(request, session, asked.metric, query, asked.reference_pool, others)
@@ -122,7 +124,7 @@ async def _nearest(
         measure, target, matrix = scores.Measure(metric="cosine"), target + start, matrix + np.array(others)
     found = await run_in_threadpool(_by_comparing_all, measure, target, matrix, pool.ids, pool.where, asked.k)
     if indexed and asked.ef_search <= EF_SEARCH:  # a thorough search says nothing of the usual ones
-        request.state.indexes.tried(family, query.pooled, _recall(found, indexed, asked.k))
+        request.state.indexes.tried(family, len(pool.matrix), query.pooled, _recall(found, indexed, asked.k))
     return found
 
 
@@ -190,7 +192,7 @@ async def _by_index(
             "an index is of a whole initialization, not of named candidates; ask with accuracy auto or exact"
         )
     small = pool.size * width < indexes.WORTH * family.above
-    if asked.accuracy == "auto" and (small or family.trusted(query.initialization.id) is False):
+    if asked.accuracy == "auto" and (small or family.trusted(query.initialization.id, len(snapshot)) is False):
         return None
     ready = await family.ready(session, query.initialization, len(snapshot))
     if asked.accuracy == "approximate" and not ready:
@@ -207,6 +209,8 @@ async def _by_index(
     for _ in range(3):
         ef_search = max(asked.ef_search, min(count, 1000))  # fewer are never found well
         ids = await family.nearest(query.initialization, query.pooled, count=count, ef_search=ef_search)
+        if ids is None:
+            return None
         rows = snapshot.rows_of(as_bytes(ids))
         rows = rows[pool.where[rows]]
         if len(rows) >= wanted:
@@ -315,22 +319,24 @@ async def create_grouping(
     request: Request, session: ReadOnlySession, _: Reader, asked: GroupingRequest
 ) -> GroupingAnswer | GroupingsAnswer:
     """The group of source vectors for a target, with the decisions that led to it."""
-    if isinstance(asked.target, str):
-        return await _group(request, session, asked, asked.target)
+    pools: dict[UUID, Candidates] = {}  # read once for all targets of an initialization
     items, listed = [], 0
-    for target in asked.target:
-        items.append(await _group(request, session, asked, target, listed))
+    for target in [asked.target] if isinstance(asked.target, str) else asked.target:
+        query = await read_query(request, session, target)
+        if (pool := pools.get(query.initialization.id)) is None:
+            mixed = asked.allow_mixed_initializations
+            pool = await whole_pool(request, session, query, asked.candidates, mixed=mixed)
+            pools[query.initialization.id] = pool
+        items.append(await _group(session, asked, query, pool, listed))
         listed += len(items[-1].members) + len(items[-1].trace)
-    return GroupingsAnswer(items=items)
+    return items[0] if isinstance(asked.target, str) else GroupingsAnswer(items=items)
 
 
 async def _group(
-    request: Request, session: ReadOnlySession, asked: GroupingRequest, target: str, before: int = 0
+    session: ReadOnlySession, asked: GroupingRequest, query: Query, whole: Candidates, before: int
 ) -> GroupingAnswer:
     """The group for one target; `before` members and decisions are in the same answer already."""
-    mixed = asked.allow_mixed_initializations
-    query = await read_query(request, session, target)
-    pool = await choose(request, session, query, asked.candidates, allow_same_task=asked.allow_same_task, mixed=mixed)
+    pool = await leave_out(session, query, whole, allow_same_task=asked.allow_same_task)
     await release(session)
     similarities = await run_in_threadpool(
         scores.Measure(metric="dot").one_with_many, query.pooled, pool.matrix, pool.where

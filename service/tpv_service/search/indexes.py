@@ -74,7 +74,7 @@ class Indexes:
         self._ready: set[UUID] = set()
         self._wanted: asyncio.Queue[InitializationRow] = asyncio.Queue()
         self._asked: set[UUID] = set()
-        self._trials: dict[UUID, dict[bytes, float]] = {}
+        self._trials: dict[tuple[UUID, int], dict[bytes, float]] = {}
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Indexes]:
@@ -97,14 +97,17 @@ class Indexes:
             self._wanted.put_nowait(initialization)
         return initialization.id in self._ready
 
-    def trusted(self, initialization: UUID) -> bool | None:
-        """Whether the index of a family finds what an exact search finds; None while that is being tried."""
-        trials = self._trials.get(initialization, {})
+    def trusted(self, initialization: UUID, rows: int) -> bool | None:
+        """Whether the index of a family finds what an exact search finds; None while that is being tried.
+
+        A family that has doubled is tried anew.
+        """
+        trials = self._trials.get((initialization, rows.bit_length()), {})
         return None if len(trials) < TRIALS else sum(trials.values()) / len(trials) >= TRUSTED
 
-    def tried(self, initialization: UUID, pooled: Float32, recall: float) -> None:
+    def tried(self, initialization: UUID, rows: int, pooled: Float32, recall: float) -> None:
         """Takes note of the share of an exact answer that the index gave, too, for one query (d,) of a family."""
-        trials = self._trials.setdefault(initialization, {})
+        trials = self._trials.setdefault((initialization, rows.bit_length()), {})
         if len(trials) < TRIALS:
             trials[sha256(pooled.tobytes()).digest()] = recall  # asked again, the same query says nothing new
             if len(trials) == TRIALS:
@@ -112,25 +115,33 @@ class Indexes:
                     "compared an index with exact answers",
                     initialization=str(initialization),
                     recall=sum(trials.values()) / len(trials),
-                    used=self.trusted(initialization),
+                    used=self.trusted(initialization, rows),
                 )
 
     async def nearest(
         self, initialization: InitializationRow, pooled: Float32, *, count: int, ef_search: int
-    ) -> Sequence[UUID]:
-        """About `count` versions of the family with the largest product with `pooled` (d,), best first."""
+    ) -> Sequence[UUID] | None:
+        """About `count` versions of the family with the largest product with `pooled` (d,), best first.
+
+        None when somebody has dropped the index; it is made again when it is asked for again.
+        """
         indexed, _ = expression(initialization.token_dim)
         value = indexed.replace("pooled", "cast(:pooled as vector)")
         async with self._sessions.begin() as session:  # the settings hold for its transaction
             # From some ef_search on the planner would rather read and sort the whole family, which takes far longer.
-            await session.execute(
-                text("""
-                    select set_config('hnsw.ef_search', :ef_search, true),
-                           set_config('hnsw.iterative_scan', 'relaxed_order', true),
-                           set_config('enable_seqscan', 'off', true), set_config('enable_sort', 'off', true)
-                """),
-                {"ef_search": str(ef_search)},
-            )
+            there, *_ = (
+                await session.execute(
+                    text("""
+                        select to_regclass(:name) is not null, set_config('hnsw.ef_search', :ef_search, true),
+                               set_config('hnsw.iterative_scan', 'relaxed_order', true),
+                               set_config('enable_seqscan', 'off', true), set_config('enable_sort', 'off', true)
+                    """),
+                    {"name": name_of(initialization.id), "ef_search": str(ef_search)},
+                )
+            ).one()
+            if not there:
+                self._ready.discard(initialization.id)
+                return None
             # The family as a literal: a parameter would not tell the planner that the index is the family's.
             found = await session.execute(
                 text(f"""

@@ -194,11 +194,21 @@ async def choose(
     mixed: bool = False,
 ) -> Candidates:
     """The candidates for a query: never itself, nor vectors of its own task or made from it, unless allowed."""
-    base = await (
-        _given(session, query, pool.references, mixed=mixed)
-        if pool.references is not None
-        else _family(request, session, query, pool, mixed=mixed)
-    )
+    base = await whole_pool(request, session, query, pool, mixed=mixed)
+    return await leave_out(session, query, base, allow_same_task=allow_same_task)
+
+
+async def whole_pool(
+    request: Request, session: AsyncSession, query: Query, pool: Pool, *, mixed: bool = False
+) -> Candidates:
+    """What the pool says, the query too: the same for all queries of one initialization."""
+    if pool.references is not None:
+        return await _given(session, query, pool.references, mixed=mixed)
+    return await _family(request, session, query, pool, mixed=mixed)
+
+
+async def leave_out(session: AsyncSession, query: Query, base: Candidates, *, allow_same_task: bool) -> Candidates:
+    """Those of the whole pool that may help the query."""
     found = await _itself_and_what_it_made(session, query, allow_same_task=allow_same_task)
     doubtful = [(reason, base.rows_of(ids)) for reason, ids in found]
     if not allow_same_task:

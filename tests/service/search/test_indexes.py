@@ -105,6 +105,36 @@ async def test_auto_leaves_an_index_that_misses_what_exact_search_finds(client, 
     assert found.hits == exact.hits
 
 
+async def test_a_family_that_has_doubled_is_tried_anew(client):
+    await fill(client, 8)
+    await approximate(client, k=5)
+    assert not (await after_the_trial(client)).pool.exact
+    await client.vectors.register_many(
+        [{"name": f"more{i:02}"} for i in range(COUNT)],
+        vectors=np.full((COUNT, 1, 8), -1, np.float32),
+        initialization="family",
+    )
+
+    assert (await client.similarity.search("q", k=5)).pool.exact
+    assert not (await after_the_trial(client)).pool.exact
+
+
+async def test_an_index_that_somebody_drops_is_made_again(client, database_url):
+    await fill(client, 8)
+    found = await approximate(client, k=5)
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
+        (name,) = await (
+            await connection.execute("select indexname from pg_indexes where indexdef like '%hnsw%'")
+        ).fetchone()
+        await connection.execute(f"drop index {name}")
+
+    exact = await client.similarity.search("q", k=5, accuracy="approximate")
+    assert (exact.pool.exact, exact.hits) == (True, found.hits)
+    with pytest.raises(errors.Conflict, match="there is no index"):
+        await client.similarity.search("q", k=5, accuracy="approximate")
+    assert (await approximate(client, k=5)).hits == found.hits
+
+
 async def after_the_trial(client: tpv.AsyncClient) -> SearchAnswer:
     """An answer of `auto`, when it has compared the index with exact search, whose answers it gives until then."""
     for times in range(1, indexes.TRIALS + 1):

@@ -247,6 +247,11 @@ def run(served: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     return command
 
 
+def sent(registry: FakeRegistry) -> Any:
+    """What the last request asked."""
+    return json.loads(registry.requests[-1].content)
+
+
 def line(done: Done) -> str:
     """The one line of an error."""
     assert (done.code, done.out) == (1, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from tests.client.conftest import Run, Wire
+from tests.client.conftest import Run, Wire, sent
 
 from tpv import files
-
-
-def sent(registry: Any) -> Any:
-    return json.loads(registry.requests[-1].content)
 
 
 def combination(wire: Wire, **members: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from io import StringIO
 import httpx
 import numpy as np
 import pytest
+from tests.service.search.conftest import ROWS, SOURCES, WIDTH
 
 import tpv
 from tpv import errors
@@ -16,33 +17,6 @@ from tpv.schemas.similarity import FLAT_LIMIT, Pool
 from tpv.similarity import METRICS, pool, similarity
 
 pytestmark = pytest.mark.anyio
-
-ROWS, WIDTH, SOURCES = 3, 5, 12
-
-
-@pytest.fixture
-def start() -> np.ndarray:
-    return np.random.default_rng(1).normal(size=(ROWS, WIDTH)).astype(np.float32)
-
-
-@pytest.fixture
-async def vectors(client: tpv.AsyncClient, start: np.ndarray) -> dict[str, np.ndarray]:
-    """A target `rte` and twelve sources of one family; odd ones are of the type `odd`."""
-    random = np.random.default_rng(7)
-    await client.initializations.create("family", base_model="tiny-t5", revision="a" * 40, tensor=start)
-    made = {}
-    for i, name in enumerate(["rte", *(f"s{i:02}" for i in range(SOURCES))]):
-        made[name] = random.normal(size=(ROWS, WIDTH)).astype(np.float32)
-        await client.vectors.register(
-            name,
-            vector=made[name],
-            initialization="family",
-            task=f"task-{name}",
-            task_type="odd" if i % 2 else "even",
-            tags={"i": str(i)},
-            metrics=[{"dataset": "d", "metric": "accuracy", "value": i / 100}],
-        )
-    return made
 
 
 def expected(metric: str, query: np.ndarray, vectors: dict[str, np.ndarray], start: np.ndarray) -> dict[str, float]:
@@ -289,153 +263,6 @@ async def test_of_many_that_are_left_out_some_are_named(client, vectors, monkeyp
             "default/rte:1": "the target itself",
         }
         assert (answer.pool.excluded_total, answer.pool.size) == (4, SOURCES)
-
-
-async def test_an_answer_has_an_end(client, vectors, monkeypatch):
-    monkeypatch.setattr("tpv_service.search.endpoints.ANSWER_LIMIT", 30)
-    assert len((await client.groupings.create("rte", strategy="all")).members) == SOURCES
-    with pytest.raises(errors.Invalid, match="more than 30 members and decisions; give max_size"):
-        await client.groupings.create_many(["rte", "s00"], strategy="all")
-    assert len(await client.groupings.create_many(["rte", "s00"], strategy="all", max_size=1, task_type="odd")) == 2
-
-
-class TestMixedInitializations:
-    @pytest.fixture
-    async def stranger(self, client, vectors, start) -> np.ndarray:
-        await client.initializations.create("other", base_model="tiny-t5", revision="a" * 40, tensor=start + 1)
-        await client.vectors.register("stranger", vector=vectors["s00"], initialization="other", task="z")
-        return vectors["s00"]
-
-    async def test_they_are_refused_and_both_and_the_flag_are_named(self, client, vectors, stranger):
-        said = r"family.*other.*allow_mixed_initializations"
-        for call in (
-            client.similarity.search("rte", candidates=["s01", "stranger"]),
-            client.similarity.search({"rte": 1, "stranger": 1}),
-            client.similarity.matrix(["rte", "stranger"]),
-            client.groupings.create("rte", ["s01", "stranger"]),
-        ):
-            with pytest.raises(errors.IncompatibleVectors, match=said):
-                await call
-
-    async def test_with_the_flag_they_are_compared_and_the_answer_says_so(self, client, http, vectors, stranger):
-        asked = {"allow_mixed_initializations": True}
-        found = await client.similarity.search("rte", candidates=["s01", "stranger"], **asked)
-        values = {hit.reference: hit.similarity for hit in found.hits}
-        group = await client.groupings.create("rte", ["s01", "stranger"], **asked)
-        matrix = await client.similarity.matrix(["rte", "stranger"], **asked)
-
-        assert values["default/stranger:1"] == pytest.approx(float(similarity(vectors["rte"], stranger)), rel=1e-5)
-        for said in (found.pool, group.pool, matrix):
-            assert [summary.name for summary in said.mixed_initializations] == ["other"]
-        table = await http.post(
-            "/api/v1/similarity/matrix?format=csv", json={"references": ["rte", "stranger"], **asked}
-        )
-        assert table.text.startswith('"dot, exact, default/family and default/other"')
-
-    async def test_soft_prompts_are_compared_with_the_initialization_of_each(self, client, vectors, start, stranger):
-        asked = {"metric": "cosine-prompt", "allow_mixed_initializations": True}
-        found = await client.similarity.search("rte", candidates=["s01", "stranger"], **asked)
-        matrix = await client.similarity.matrix(["rte", "stranger"], **asked)
-        value = float(similarity(vectors["rte"] + start, stranger + start + 1, "cosine"))
-
-        assert {h.reference: h.similarity for h in found.hits}["default/stranger:1"] == pytest.approx(value, rel=1e-5)
-        assert matrix.matrix[0][1] == pytest.approx(value, rel=1e-5)
-
-    async def test_a_filter_for_another_initialization_is_refused(self, client, vectors, stranger):
-        said = r"family.*other.*allow_mixed_initializations"
-        with pytest.raises(errors.IncompatibleVectors, match=said):
-            await client.similarity.search("rte", initialization="other")
-        with pytest.raises(errors.IncompatibleVectors, match=said):
-            await client.groupings.create("rte", Filter(all=[Filter(initialization="other"), Filter(task="z")]))
-        assert (await client.similarity.search("rte", initialization="family", k=1)).hits
-
-    async def test_the_flag_is_for_vectors_that_are_named(self, client, vectors, stranger):
-        for call in (
-            client.similarity.search("rte", allow_mixed_initializations=True),
-            client.groupings.create("rte", task="z", allow_mixed_initializations=True),
-        ):
-            with pytest.raises(errors.Invalid, match=r"named in candidates\.references"):
-                await call
-        mixed = await client.similarity.search({"rte": 1, "stranger": 1}, allow_mixed_initializations=True)
-        assert [summary.name for summary in mixed.pool.mixed_initializations] == ["other"]
-
-    async def test_the_mean_of_one_is_not_subtracted_from_another(self, client, vectors, stranger):
-        asked = {"metric": "cosine-centered", "allow_mixed_initializations": True}
-        for call in (
-            client.similarity.search("rte", candidates=["s01", "stranger"], **asked),
-            client.similarity.matrix(["rte", "stranger"], **asked),
-        ):
-            with pytest.raises(errors.Invalid, match=r"default/family, which means nothing to those of default/other"):
-                await call
-
-    async def test_not_even_the_flag_compares_other_shapes_or_models(self, client, vectors):
-        await client.initializations.create(
-            "wide", base_model="tiny-t5", unpinned=True, tensor=np.ones((ROWS + 1, WIDTH), np.float32)
-        )
-        await client.vectors.register("wide", vector=np.ones((ROWS + 1, WIDTH), np.float32), initialization="wide")
-        with pytest.raises(errors.IncompatibleVectors, match="num_virtual_tokens"):
-            await client.similarity.matrix(["rte", "wide"], allow_mixed_initializations=True)
-
-
-async def test_several_targets_are_grouped_at_once(client, vectors):
-    one, other = await client.groupings.create_many(["rte", "s00"], strategy="top-k", max_size=2, task_type="odd")
-
-    assert (one.target, other.target) == ("default/rte:1", "default/s00:1")
-    assert one == await client.groupings.create("rte", strategy="top-k", max_size=2, task_type="odd")
-
-
-async def test_the_strategies_are_shown_side_by_side(client, vectors):
-    answer = await client.groupings.create("rte", compare=True, max_size=3)
-    shown = {result.strategy: result for result in answer.comparison}
-
-    assert shown["greedy"].members == [member.reference for member in answer.members]
-    assert shown["exact"].objective >= max(result.objective for result in answer.comparison) - 1e-5
-    assert all(result.size <= 3 for result in answer.comparison)
-
-
-@pytest.mark.parametrize("strategy", ["exact", "greedy"])
-async def test_one_trade_off_weighs_in_all_that_is_compared(client, vectors, strategy):
-    answer = await client.groupings.create("rte", strategy=strategy, compare=True, max_size=4, trade_off=0.1)
-    shown = {result.strategy: result for result in answer.comparison}
-
-    assert (answer.trade_off, answer.max_size, answer.min_similarity) == (0.1, 4, None)
-    for result in (answer, *answer.comparison):
-        assert result.objective == pytest.approx(result.target_similarity + 0.1 * result.knowledge_consistency)
-    assert shown[strategy].objective == answer.objective
-    assert shown["exact"].objective >= max(result.objective for result in answer.comparison) - 1e-5
-
-
-async def test_a_strategy_that_refuses_has_no_figures(client, vectors, monkeypatch):
-    monkeypatch.setattr("tpv._strategies.EXACT_LIMIT", 2)
-    refused = {result.strategy: result for result in (await client.groupings.create("rte", compare=True)).comparison}
-
-    assert "at most 2" in refused["exact"].refused
-    assert (refused["exact"].objective, refused["greedy"].refused) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"strategy": "greedy", "trade_off": 2.0}, "trade_off matters to the strategy exact alone"),
-        ({"strategy": "top-k"}, "top-k needs max_size"),
-        ({"strategy": "best"}, "strategy"),
-        ({"max_size": -1}, "max_size"),
-    ],
-)
-async def test_options_that_make_no_sense_are_refused(client, vectors, options, said):
-    with pytest.raises(errors.Invalid, match=said):
-        await client.groupings.create("rte", **options)
-
-
-async def test_a_long_trace_is_cut_unless_all_is_asked_for(client, vectors, monkeypatch):
-    monkeypatch.setattr("tpv_service.search.endpoints.LISTED", 2)
-    cut = await client.groupings.create("rte", min_similarity=-100, strategy="all")
-    whole = await client.groupings.create("rte", min_similarity=-100, strategy="all", trace="all")
-    greedy = await client.groupings.create("rte")
-
-    assert (cut.trace_total, whole.trace_total, len(whole.trace)) == (SOURCES, SOURCES, SOURCES)
-    assert {member.reference for member in greedy.members} <= {t.reference for t in greedy.trace}
-    assert len(greedy.trace) < SOURCES
 
 
 async def test_products_beyond_float32_are_refused(client, vectors):

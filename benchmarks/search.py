@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -54,19 +55,19 @@ def main() -> None:
     with registry(search_index_memory=str(given.memory << 30), **never) as client:
         for distribution in given.distributions.split(","):
             for pool in given.pools.split(","):
-                count, width = map(int, pool.split("x"))
-                measure(client, distribution, count, width, given.queries, indexes=given.indexes)
+                size, width = map(int, pool.split("x"))
+                measure(client, distribution, size, width, given.queries, indexes=given.indexes)
 
 
-def measure(client: Served, distribution: str, count: int, width: int, queries: int, *, indexes: bool) -> None:
-    name = f"{distribution}-{count}x{width}"
+def measure(client: Served, distribution: str, size: int, width: int, queries: int, *, indexes: bool) -> None:
+    name = f"{distribution}-{size}x{width}"
     print(f"\n{name}", flush=True)
     began = time.perf_counter()
-    matrix = filled(client, name, count, width, distribution)
-    print(f"  registered {count / (time.perf_counter() - began):.0f} a second")
-    rows = np.random.default_rng(1).choice(count, queries, replace=False).tolist()
+    matrix = filled(client, name, size, width, distribution)
+    print(f"  registered {size / (time.perf_counter() - began):.0f} a second")
+    rows = np.random.default_rng(1).choice(size, queries, replace=False).tolist()
     references = [f"fill/{name}-{row:08}" for row in rows]
-    places = {f"fill/{name}-{row:08}:1": row for row in range(count)}
+    places = {f"fill/{name}-{row:08}:1": row for row in range(size)}
 
     def search(reference: str, **options: object) -> list[int]:
         asked = {"allow_same_task": True, **options}
@@ -93,11 +94,11 @@ def measure(client: Served, distribution: str, count: int, width: int, queries: 
                 floor,
             )
         with psycopg.connect(client.database_url) as connection:
-            (size,) = connection.execute(
+            (bytes_,) = connection.execute(
                 "select coalesce(sum(pg_relation_size(indexrelid)), 0) from pg_stat_user_indexes"
                 " where indexrelname like 'search%'"
             ).fetchone() or (0,)
-        print(f"  all indexes so far: {size / 2**20:.0f} MB")
+        print(f"  all indexes so far: {bytes_ / 2**20:.0f} MB")
     show("auto", search, references, truth, floor)
     part = {"tags": {"part": "07"}}
     inside = [nearest(matrix, row, slice(7, None, PARTS)) for row in rows]
@@ -127,6 +128,7 @@ def wait_for_index(client: Served, reference: str, name: str) -> bool:
     synced: list[float] = []
     random = np.random.default_rng(2)
     with tempfile.TemporaryDirectory() as directory:
+        paths = (Path(directory, str(number)) for number in count())
 
         def register_ten() -> None:
             for _ in range(10):
@@ -134,7 +136,7 @@ def wait_for_index(client: Served, reference: str, name: str) -> bool:
                 register = partial(client.vectors.register, "meanwhile", vector=vector, initialization=name)
                 registered.append(milliseconds(register))
                 time.sleep(0.05)
-                synced.append(milliseconds(partial(sync_small_file, Path(directory, str(len(synced))))))
+                synced.append(milliseconds(partial(sync_small_file, next(paths))))
                 time.sleep(0.05)
 
         for _ in range(50):

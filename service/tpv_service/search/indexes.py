@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from hashlib import sha256
 from uuid import UUID
 
@@ -83,8 +83,7 @@ class Indexes:
             yield self
         finally:
             building.cancel()
-            with suppress(asyncio.CancelledError):
-                await building
+            await asyncio.wait([building])
 
     async def ready(self, session: AsyncSession, initialization: InitializationRow, rows: int) -> bool:
         """Whether the family has an index; a large one without gets it some time later."""
@@ -184,9 +183,9 @@ class Indexes:
                 )
                 log.info("built an index", initialization=str(initialization.id))
             finally:
-                await session.execute(text("reset maintenance_work_mem"))
-                await session.execute(text("reset backend_flush_after"))
-                await session.execute(text("select pg_advisory_unlock(:key)"), {"key": _LOCK})
+                # The connection ends, and with it the lock and these settings. A statement that takes them back would
+                # fail where the building was cancelled, and its error take the place of the cancellation.
+                await session.invalidate()
 
     async def _is_valid(self, session: AsyncSession, initialization: UUID) -> bool:
         statement = text("select indisvalid from pg_index where indexrelid = to_regclass(:name)")

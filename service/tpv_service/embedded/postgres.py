@@ -199,7 +199,8 @@ class Postgres:
         locale = ["--no-locale", "--encoding=UTF8", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         access = ["--username=tpv", "--auth-local=trust", "--auth-host=reject"]  # trust: whoever reaches the socket
         # Commits wait while a file of the log is made or finished: four times as long for the usual 16 MB.
-        log = ["--wal-segsize=4"]
+        # The sizes are what they would be otherwise; initdb would quarter them too.
+        log = ["--wal-segsize=4", "--set=max_wal_size=1GB", "--set=min_wal_size=80MB"]
         sync = [] if self._durable else ["--no-sync"]
         self._run("initdb", [f"--pgdata={unfinished}", *locale, *access, *log, *sync, "--no-instructions"])
         unfinished.rename(self.cluster)

@@ -35,10 +35,10 @@ from tpv_service.search.family import RECORD, Family, Snapshot
 
 log = structlog.get_logger()
 
-_ROWS_HELD = 4_000_000  #: of all families together; at most 340 bytes of memory each, beside what the system maps
+_ROWS_HELD = 4_000_000  #: of all families together; at most 340 bytes of memory each, beside maps and lists of tasks
 _FAMILIES_HELD = 100  #: each has two files open
 _PATIENCE = 20.0  #: seconds that a query waits for a large family to be read; it goes on without the query
-_FEW = 1_000  #: versions that are looked through as fast as a thread takes over
+_FEW = 1_000  #: versions, or lists of tasks, that are looked through as fast as a thread takes over
 _BLOCK = 1 << 24  #: bytes that are taken over at a time while a family is read
 
 #: The database, and in it the table's file, which another table has when a dump is restored in its place.
@@ -170,8 +170,9 @@ async def _catch_up(session: AsyncSession, initialization: UUID, family: Family)
         await _read_rows(session, initialization, family, known)
         await release(session)
         await run_in_threadpool(family.settle, look.horizon)
-    if family.untold:
-        for hashed, tasks in await session.execute(_TASKS, {"vectors": [*family.untold.values()]}):
+    untold = [*family.untold.values()]
+    for start in range(0, len(untold), _FEW):  # a few at a time, for other requests wait meanwhile
+        for hashed, tasks in await session.execute(_TASKS, {"vectors": untold[start : start + _FEW]}):
             family.tell(hashed, tasks)
     if look.changed:
         states = (await session.execute(_STATES, {"family": initialization, "changed": look.changed})).all()

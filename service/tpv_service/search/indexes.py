@@ -99,7 +99,7 @@ class Indexes:
     def trusted(self, initialization: UUID, rows: int) -> bool | None:
         """Whether the index of a family finds what an exact search finds; None while that is being tried.
 
-        A family that has doubled is tried anew.
+        It is tried anew when the number of rows has passed a power of two.
         """
         trials = self._trials.get((initialization, rows.bit_length()), {})
         return None if len(trials) < TRIALS else sum(trials.values()) / len(trials) >= TRUSTED
@@ -128,18 +128,20 @@ class Indexes:
         value = indexed.replace("pooled", "cast(:pooled as vector)")
         async with self._sessions.begin() as session:  # the settings hold for its transaction
             # From some ef_search on the planner would rather read and sort the whole family, which takes far longer.
-            there, *_ = (
+            usable, *_ = (
                 await session.execute(
                     text("""
-                        select to_regclass(:name) is not null, set_config('hnsw.ef_search', :ef_search, true),
+                        select exists (select from pg_index where indexrelid = to_regclass(:name) and indisvalid),
+                               set_config('hnsw.ef_search', :ef_search, true),
                                set_config('hnsw.iterative_scan', 'relaxed_order', true),
                                set_config('enable_seqscan', 'off', true), set_config('enable_sort', 'off', true)
                     """),
                     {"name": name_of(initialization.id), "ef_search": str(ef_search)},
                 )
             ).one()
-            if not there:
+            if not usable:
                 self._ready.discard(initialization.id)
+                self._trials = {key: trial for key, trial in self._trials.items() if key[0] != initialization.id}
                 return None
             # The family as a literal: a parameter would not tell the planner that the index is the family's.
             found = await session.execute(
@@ -162,30 +164,33 @@ class Indexes:
             self._asked.discard(initialization.id)
 
     async def _build(self, initialization: InitializationRow) -> None:
-        name, (indexed, operators) = name_of(initialization.id), expression(initialization.token_dim)
         async with self._readers() as session:
             if not (await session.execute(text("select pg_try_advisory_lock(:key)"), {"key": _LOCK})).scalar_one():
                 return  # another process builds one; a later search asks again
             try:
-                if await self._is_valid(session, initialization.id):
-                    return
-                log.info("building an index", initialization=str(initialization.id))
-                # One that a crash has left half built cannot be used, nor made again under its name.
-                await session.execute(text(f"drop index concurrently if exists {name}"))
-                await session.execute(text(f"set maintenance_work_mem = '{self._memory // 1024}kB'"))
-                # Else gigabytes wait to be written, and a registration's commit behind them.
-                await session.execute(text("set backend_flush_after = '1MB'"))
-                await session.execute(
-                    text(f"""
-                        create index concurrently {name} on versions using hnsw ({indexed} {operators})
-                        where initialization_id = '{initialization.id}'
-                    """)
-                )
-                log.info("built an index", initialization=str(initialization.id))
+                if not await self._is_valid(session, initialization.id):
+                    await self._build_now(session, initialization)
+                await session.execute(text("select pg_advisory_unlock(:key)"), {"key": _LOCK})
             finally:
-                # The connection ends, and with it the lock and these settings. A statement that takes them back would
-                # fail where the building was cancelled, and its error take the place of the cancellation.
+                # The connection ends, and with it these settings, and a lock that is still held. A statement that takes
+                # them back would fail where the building was cancelled, and its error replace the cancellation.
                 await session.invalidate()
+
+    async def _build_now(self, session: AsyncSession, initialization: InitializationRow) -> None:
+        name, (indexed, operators) = name_of(initialization.id), expression(initialization.token_dim)
+        log.info("building an index", initialization=str(initialization.id))
+        # One that a crash has left half built cannot be used, nor made again under its name.
+        await session.execute(text(f"drop index concurrently if exists {name}"))
+        await session.execute(text(f"set maintenance_work_mem = '{self._memory // 1024}kB'"))
+        # Else gigabytes wait to be written, and a registration's commit behind them.
+        await session.execute(text("set backend_flush_after = '1MB'"))
+        await session.execute(
+            text(f"""
+                create index concurrently {name} on versions using hnsw ({indexed} {operators})
+                where initialization_id = '{initialization.id}'
+            """)
+        )
+        log.info("built an index", initialization=str(initialization.id))
 
     async def _is_valid(self, session: AsyncSession, initialization: UUID) -> bool:
         statement = text("select indisvalid from pg_index where indexrelid = to_regclass(:name)")

@@ -122,6 +122,7 @@ async def test_a_family_that_has_doubled_is_tried_anew(client):
 async def test_an_index_that_somebody_drops_is_made_again(client, database_url):
     await fill(client, 8)
     found = await approximate(client, k=5)
+    assert not (await after_the_trial(client)).pool.exact
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
         (name,) = await (
             await connection.execute("select indexname from pg_indexes where indexdef like '%hnsw%'")
@@ -133,6 +134,7 @@ async def test_an_index_that_somebody_drops_is_made_again(client, database_url):
     with pytest.raises(errors.Conflict, match="there is no index"):
         await client.similarity.search("q", k=5, accuracy="approximate")
     assert (await approximate(client, k=5)).hits == found.hits
+    assert (await client.similarity.search("q", k=5)).pool.exact  # it is tried anew
 
 
 async def after_the_trial(client: tpv.AsyncClient) -> SearchAnswer:

@@ -122,7 +122,7 @@ class Indexes:
     ) -> Sequence[UUID] | None:
         """About `count` versions of the family with the largest product with `pooled` (d,), best first.
 
-        None when somebody has dropped the index; it is made again when it is asked for again.
+        None when the index cannot be used, for somebody has dropped it; asked for again, it is made again.
         """
         indexed, _ = expression(initialization.token_dim)
         value = indexed.replace("pooled", "cast(:pooled as vector)")

@@ -105,7 +105,7 @@ async def test_auto_leaves_an_index_that_misses_what_exact_search_finds(client, 
     assert found.hits == exact.hits
 
 
-async def test_a_family_that_has_doubled_is_tried_anew(client):
+async def test_an_index_is_tried_anew_when_the_family_has_grown_much(client):
     await fill(client, 8)
     await approximate(client, k=5)
     assert not (await after_the_trial(client)).pool.exact

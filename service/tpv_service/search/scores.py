@@ -160,9 +160,12 @@ def best(similarities: NDArray[np.float32], where: Mask, ids: NDArray[Any], k: i
 def tied(similarities: NDArray[np.float32], where: Mask) -> Rows:
     """The rows whose similarity another candidate has too."""
     rows: Rows = np.flatnonzero(where)
-    values = np.sort(similarities[rows])
-    found: Rows = rows[np.isin(similarities[rows], values[1:][values[1:] == values[:-1]])]
-    return found
+    rows = rows[np.argsort(similarities[rows])]
+    equal = similarities[rows[1:]] == similarities[rows[:-1]]
+    shared = np.zeros(len(rows), dtype=bool)
+    shared[1:] = equal
+    shared[:-1] |= equal
+    return rows[shared]
 
 
 async def flat_similarities(

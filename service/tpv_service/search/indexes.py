@@ -24,7 +24,7 @@ from tpv_service.settings import Settings
 
 log = structlog.get_logger()
 
-_LOCK = 4_927_113_802  #: any number that only the building of these indexes locks
+LOCK = 4_927_113_802  #: any number that only the building of these indexes locks
 VECTOR_WIDTH, HALF_WIDTH = 2000, 4000  #: the widest that pgvector's HNSW takes of `vector` and of `halfvec`
 WORTH = 25  #: times the size from which there may be an index: below it, to compare all takes some tenths of a second
 TRIALS = (
@@ -165,12 +165,12 @@ class Indexes:
 
     async def _build(self, initialization: InitializationRow) -> None:
         async with self._readers() as session:
-            if not (await session.execute(text("select pg_try_advisory_lock(:key)"), {"key": _LOCK})).scalar_one():
+            if not (await session.execute(text("select pg_try_advisory_lock(:key)"), {"key": LOCK})).scalar_one():
                 return  # another process builds one; a later search asks again
             try:
                 if not await self._is_valid(session, initialization.id):
                     await self._build_now(session, initialization)
-                await session.execute(text("select pg_advisory_unlock(:key)"), {"key": _LOCK})
+                await session.execute(text("select pg_advisory_unlock(:key)"), {"key": LOCK})
             finally:
                 # The connection ends, and with it these settings, and a lock that is still held. A statement that takes
                 # them back would fail where the building was cancelled, and its error replace the cancellation.

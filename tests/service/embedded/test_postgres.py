@@ -47,6 +47,13 @@ def test_gives_a_new_database_with_pgvector_and_keeps_its_rows(place: Path) -> N
         assert str(ask(running, "show server_version_num")).startswith(str(postgres.MAJOR))
 
 
+def test_the_log_of_a_new_database_has_small_files_and_the_usual_limits(place: Path) -> None:
+    with server(place / "data") as running:
+        sizes = {name: ask(running, f"show {name}") for name in ("wal_segment_size", "min_wal_size", "max_wal_size")}
+
+    assert sizes == {"wal_segment_size": "4MB", "min_wal_size": "80MB", "max_wal_size": "1GB"}
+
+
 def test_socket_is_private_and_there_is_no_tcp_port(place: Path) -> None:
     with server(place / "data") as running:
         socket_dir = (place / "data" / "run").stat()

@@ -137,6 +137,25 @@ async def test_an_index_that_somebody_drops_is_made_again(client, database_url):
     assert (await client.similarity.search("q", k=5)).pool.exact  # it is tried anew
 
 
+async def test_an_index_that_another_process_is_making_again_is_not_asked(client, database_url):
+    await fill(client, 8)
+    found = await approximate(client, k=5)
+    name = indexes.name_of((await client.initializations.get("family")).id)
+    valid = "update pg_index set indisvalid = %s where indexrelid = %s::regclass"
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
+        await connection.execute("select pg_advisory_lock(%s)", [indexes.LOCK])
+        await connection.execute(valid, [False, name])
+        assert (await client.similarity.search("q", k=5, accuracy="approximate")).pool.exact
+        for _ in range(3):
+            with pytest.raises(errors.Conflict, match="there is no index"):
+                await client.similarity.search("q", k=5, accuracy="approximate")
+            await asyncio.sleep(0.1)  # in which this service does not begin to make it, too
+
+        await connection.execute(valid, [True, name])
+        answer = await client.similarity.search("q", k=5, accuracy="approximate")
+    assert (answer.pool.exact, answer.hits) == (False, found.hits)
+
+
 async def after_the_trial(client: tpv.AsyncClient) -> SearchAnswer:
     """An answer of `auto`, when it has compared the index with exact search, whose answers it gives until then."""
     for times in range(1, indexes.TRIALS + 1):

@@ -169,7 +169,7 @@ async def _catch_up(session: AsyncSession, initialization: UUID, family: Family)
     if look.grown:
         await _read_rows(session, initialization, family, known)
         await release(session)
-        await run_in_threadpool(family.settle, look.horizon)
+        await run_in_threadpool(family.settle)
     untold = [*family.untold.values()]
     for start in range(0, len(untold), _FEW):  # a few at a time, for other requests wait meanwhile
         for hashed, tasks in await session.execute(_TASKS, {"vectors": untold[start : start + _FEW]}):
@@ -177,6 +177,9 @@ async def _catch_up(session: AsyncSession, initialization: UUID, family: Family)
     if look.changed:
         states = (await session.execute(_STATES, {"family": initialization, "changed": look.changed})).all()
         await run_in_threadpool(family.set_alive, [s[0] for s in states], [s[1] for s in states])
+    # Last: a look that breaks off before is taken again from the old horizon, and loses no change.
+    if look.grown:
+        await run_in_threadpool(family.reach, look.horizon)
     family.horizon = look.horizon
     return True
 

@@ -140,8 +140,8 @@ class Family:
         self._touched.append(records["vector"])
         self._recent = np.concatenate([self._recent, np.arange(len(now), count)])
 
-    def settle(self, horizon: int | None = None) -> None:
-        """Finds the newest versions among what was added since the last time, and keeps the horizon if one is given."""
+    def settle(self) -> None:
+        """Finds the newest versions among what was added since the last time."""
         touched = np.unique(np.concatenate(self._touched))
         self._touched = [touched[:0]]
         if len(touched):
@@ -149,8 +149,6 @@ class Family:
         now = self.snapshot
         if now.matrix.size >= _SKETCHED and _TAIL * (len(now) - len(now.sketch or ())) > len(now):
             self.snapshot = replace(now, sketch=sketch_of(now.matrix, now.sketch))
-        if horizon is not None:
-            self._write_entry(len(self.snapshot), [0, 0], horizon)
         self.settled = True
 
     def tell(self, hashed: int, tasks: Sequence[str]) -> None:
@@ -158,6 +156,10 @@ class Family:
         if self.untold.pop(hashed, None):
             for task in tasks:
                 self._lists.setdefault(task, []).append(self._numbers[hashed])
+
+    def reach(self, horizon: int) -> None:
+        """Says that all is here of the transactions below this number."""
+        self._write_entry(len(self.snapshot), [0, 0], horizon)
 
     def forget(self) -> None:
         """Makes whoever opens the copy next begin a new one."""

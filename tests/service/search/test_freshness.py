@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import psycopg
 import pytest
+from sqlalchemy import text
 
 import tpv
 from tpv import errors
@@ -117,6 +118,21 @@ async def test_deletions_and_restorations_are_seen_at_once(client, family):
     await client.vectors.restore("b")
     await client.vectors.restore("a:2")
     assert await found(client) == ["default/a:2", "default/b:1"]
+
+
+@pytest.mark.parametrize("broken", ["_TASKS", "_STATES"])
+async def test_a_deletion_is_seen_after_a_look_that_broke_off(client, family, monkeypatch, broken):
+    await register(client, "a")
+    assert await found(client) == ["default/a:1"]
+    await client.vectors.register("b", vector=np.ones((2, 4), np.float32), initialization="family", task="new")
+    await client.vectors.delete("a")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(families, broken, text("select pg_terminate_backend(pg_backend_pid())"))
+        with pytest.raises(errors.Unavailable):
+            await found(client)
+
+    assert await found(client) == ["default/b:1"]
 
 
 async def test_a_restarted_service_goes_on_with_its_copy_and_knows_what_was_deleted(settings: Settings, tmp_path: Path):

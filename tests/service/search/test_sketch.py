@@ -128,7 +128,7 @@ def test_a_large_family_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         records["id"] = records["vector"] = np.frombuffer(ids, "V16")
         records["number"] = 1
         copy.append(records, part, np.ones(len(part), bool), 5)
-        copy.settle(5)
+        copy.settle()
 
     assert len(copy.snapshot) == COUNT + 10
     assert len(copy.snapshot.sketch) == COUNT

@@ -31,7 +31,10 @@ TRIALS = (
     20  #: different queries whose answers by an index that `auto` compares with exact ones before it trusts the index
 )
 TRUSTED = 0.95  #: of the exact hits; among vectors that have no near neighbours, a graph finds hardly any
+_PAUSE = 600.0  #: seconds until an index that could not be built is asked for again
 _HALF_LARGEST = 65_504  #: the largest number of half precision
+
+_VALID = text("select indexrelid from pg_index where indexrelid = to_regclass(:name) and indisvalid")
 
 
 def name_of(initialization: UUID) -> str:
@@ -71,7 +74,7 @@ class Indexes:
         self.above = settings.search_index_above
         self._memory = settings.search_index_memory
         self._sessions, self._readers = sessions, readers
-        self._ready: set[UUID] = set()
+        self._valid: dict[UUID, int | None] = {}  #: the index that each family was seen to have, by its oid
         self._wanted: asyncio.Queue[InitializationRow] = asyncio.Queue()
         self._asked: set[UUID] = set()
         self._trials: dict[tuple[UUID, int], dict[bytes, float]] = {}
@@ -89,12 +92,19 @@ class Indexes:
         """Whether the family has an index; a large one without gets it some time later."""
         if rows * initialization.token_dim < self.above:
             return False
-        if initialization.id not in self._ready and await self._is_valid(session, initialization.id):
-            self._ready.add(initialization.id)
-        if initialization.id not in self._ready and initialization.id not in self._asked:
+        if not self._valid.get(initialization.id):
+            self._seen(initialization.id, await session.scalar(_VALID, {"name": name_of(initialization.id)}))
+        ready = bool(self._valid.get(initialization.id))
+        if not ready and initialization.id not in self._asked:
             self._asked.add(initialization.id)
             self._wanted.put_nowait(initialization)
-        return initialization.id in self._ready
+        return ready
+
+    def _seen(self, initialization: UUID, index: int | None) -> None:
+        """Takes note of the index that a family has; another one than before is tried anew."""
+        if index != self._valid.get(initialization):
+            self._valid[initialization] = index
+            self._trials = {key: trial for key, trial in self._trials.items() if key[0] != initialization}
 
     def trusted(self, initialization: UUID, rows: int) -> bool | None:
         """Whether the index of a family finds what an exact search finds; None while that is being tried.
@@ -128,10 +138,10 @@ class Indexes:
         value = indexed.replace("pooled", "cast(:pooled as vector)")
         async with self._sessions.begin() as session:  # the settings hold for its transaction
             # From some ef_search on the planner would rather read and sort the whole family, which takes far longer.
-            usable, *_ = (
+            index, *_ = (
                 await session.execute(
                     text("""
-                        select exists (select from pg_index where indexrelid = to_regclass(:name) and indisvalid),
+                        select (select indexrelid from pg_index where indexrelid = to_regclass(:name) and indisvalid),
                                set_config('hnsw.ef_search', :ef_search, true),
                                set_config('hnsw.iterative_scan', 'relaxed_order', true),
                                set_config('enable_seqscan', 'off', true), set_config('enable_sort', 'off', true)
@@ -139,9 +149,8 @@ class Indexes:
                     {"name": name_of(initialization.id), "ef_search": str(ef_search)},
                 )
             ).one()
-            if not usable:
-                self._ready.discard(initialization.id)
-                self._trials = {key: trial for key, trial in self._trials.items() if key[0] != initialization.id}
+            self._seen(initialization.id, index)
+            if index is None:
                 return None
             # The family as a literal: a parameter would not tell the planner that the index is the family's.
             found = await session.execute(
@@ -159,16 +168,18 @@ class Indexes:
             initialization = await self._wanted.get()
             try:
                 await self._build(initialization)
-            except Exception as error:  # searches stay exact; the next one that misses the index asks again
+            except Exception as error:  # searches stay exact; after a pause, one that misses the index asks again
                 log.warning("cannot build an index", initialization=str(initialization.id), error=repr(error))
-            self._asked.discard(initialization.id)
+                asyncio.get_running_loop().call_later(_PAUSE, self._asked.discard, initialization.id)
+            else:
+                self._asked.discard(initialization.id)
 
     async def _build(self, initialization: InitializationRow) -> None:
         async with self._readers() as session:
             if not (await session.execute(text("select pg_try_advisory_lock(:key)"), {"key": LOCK})).scalar_one():
                 return  # another process builds one; a later search asks again
             try:
-                if not await self._is_valid(session, initialization.id):
+                if not await session.scalar(_VALID, {"name": name_of(initialization.id)}):
                     await self._build_now(session, initialization)
                 await session.execute(text("select pg_advisory_unlock(:key)"), {"key": LOCK})
             finally:
@@ -191,7 +202,3 @@ class Indexes:
             """)
         )
         log.info("built an index", initialization=str(initialization.id))
-
-    async def _is_valid(self, session: AsyncSession, initialization: UUID) -> bool:
-        statement = text("select indisvalid from pg_index where indexrelid = to_regclass(:name)")
-        return bool((await session.execute(statement, {"name": name_of(initialization)})).scalar())

@@ -137,6 +137,38 @@ async def test_an_index_that_somebody_drops_is_made_again(client, database_url):
     assert (await client.similarity.search("q", k=5)).pool.exact  # it is tried anew
 
 
+async def test_an_index_made_again_by_somebody_else_is_tried_anew(client, database_url):
+    await fill(client, 8)
+    await approximate(client)
+    assert not (await after_the_trial(client)).pool.exact
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
+        name, definition = await (
+            await connection.execute("select indexname, indexdef from pg_indexes where indexdef like '%hnsw%'")
+        ).fetchone()
+        await connection.execute(f"drop index {name}")
+        await connection.execute(definition)
+
+    assert (await client.similarity.search("q", k=5)).pool.exact
+    assert not (await after_the_trial(client)).pool.exact
+
+
+async def test_an_index_that_cannot_be_built_is_not_tried_again_at_once(client, monkeypatch):
+    builds = []
+
+    async def fail(self, session, initialization):
+        builds.append(initialization.id)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(indexes.Indexes, "_build_now", fail)
+    await fill(client, 8)
+    for _ in range(5):
+        with pytest.raises(errors.Conflict, match="there is no index"):
+            await client.similarity.search("q", accuracy="approximate")
+        await asyncio.sleep(0.1)
+
+    assert len(builds) == 1
+
+
 async def test_an_index_that_another_process_is_making_again_is_not_asked(client, database_url):
     await fill(client, 8)
     found = await approximate(client, k=5)

@@ -202,8 +202,9 @@ async def test_one_query_asked_again_and_again_says_nothing_of_others(client):
     await approximate(client)
     for _ in range(indexes.TRIALS + 1):
         assert (await client.similarity.search("q", k=5)).pool.exact
-    for times in range(2, indexes.TRIALS + 2):  # nor does a search that is more thorough than usual
-        assert (await client.similarity.search({"q": times}, k=5, ef_search=1000)).pool.exact
+    for times in range(2, indexes.TRIALS + 2):  # nor does a search that is more or less thorough than usual
+        for ef_search in (1, 1000):
+            assert (await client.similarity.search({"q": times}, k=5, ef_search=ef_search)).pool.exact
     assert (await client.similarity.search("q", k=5)).pool.exact
 
 

@@ -123,7 +123,7 @@ async def _nearest(
         start, *others = await scores.starts(request, [query.initialization, *pool.mixed])
         measure, target, matrix = scores.Measure(metric="cosine"), target + start, matrix + np.array(others)
     found = await run_in_threadpool(_by_comparing_all, measure, target, matrix, pool.ids, pool.where, asked.k)
-    if indexed and asked.ef_search == EF_SEARCH:  # others say nothing of the usual ones
+    if indexed and asked.ef_search == EF_SEARCH:
         request.state.indexes.tried(family, len(pool.matrix), query.pooled, _recall(found, indexed, asked.k))
     return found
 
@@ -192,7 +192,8 @@ async def _by_index(
             "an index is of a whole initialization, not of named candidates; ask with accuracy auto or exact"
         )
     small = pool.size * width < indexes.WORTH * family.above
-    if asked.accuracy == "auto" and (small or family.trusted(query.initialization.id, len(snapshot)) is False):
+    trusted = family.trusted(query.initialization.id, len(snapshot))
+    if asked.accuracy == "auto" and (small or trusted is False):
         return None
     ready = await family.ready(session, query.initialization, len(snapshot))
     if asked.accuracy == "approximate" and not ready:
@@ -200,7 +201,8 @@ async def _by_index(
             "there is no index for this initialization (yet): it is made some time after it is first asked for, in "
             f"{family.above // width} or more vectors; ask with accuracy auto or exact"
         )
-    if not ready:
+    # An index is tried by searches of the usual thoroughness, for others say nothing of them.
+    if not ready or (asked.accuracy == "auto" and trusted is None and asked.ef_search != EF_SEARCH):
         return None
     count = indexes.shortlist(width, asked.k)
     # Beyond the widest that is indexed as it is, the index ranks roughly: what is compared exactly decides.

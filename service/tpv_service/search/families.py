@@ -178,7 +178,7 @@ async def _catch_up(session: AsyncSession, initialization: UUID, family: Family)
         states = (await session.execute(_STATES, {"family": initialization, "changed": look.changed})).all()
         await run_in_threadpool(family.set_alive, [s[0] for s in states], [s[1] for s in states])
     # Last: a look that breaks off before is taken again from the old horizon, and loses no change.
-    if look.grown:
+    if not family.reached:
         await run_in_threadpool(family.reach, look.horizon)
     family.horizon = look.horizon
     return True

@@ -100,6 +100,7 @@ class Family:
         self.width, self.source = width, source
         self.settled = False  #: nothing has been added since the last `settle`; if that fails, it must be opened again
         self.horizon = 0  #: every transaction with a smaller number had ended when the copy was last brought up to date
+        self.reached = False  #: the log has the horizon of a look that came to its end after the last rows were added
         self._head = {"format": 2, "source": source, "width": width}
         self._log, self._matrix, self._records = (path.with_suffix(f".{name}") for name in ("log", "f32", "rows"))
         count = self._recover()
@@ -123,7 +124,7 @@ class Family:
 
         After an error the family must be opened again, for its files may have grown without it.
         """
-        self.settled = False
+        self.settled = self.reached = False
         now = self.snapshot
         contents = np.ascontiguousarray(pooled, dtype="<f4").tobytes(), records.tobytes()
         for file, content in zip((self._matrix, self._records), contents, strict=True):
@@ -160,6 +161,7 @@ class Family:
     def reach(self, horizon: int) -> None:
         """Says that all is here of the transactions below this number."""
         self._write_entry(len(self.snapshot), [0, 0], horizon)
+        self.reached = True
 
     def forget(self) -> None:
         """Makes whoever opens the copy next begin a new one."""

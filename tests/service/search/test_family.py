@@ -47,6 +47,19 @@ def reopened(tmp_path: Path, source: str = SOURCE, width: int = WIDTH) -> Family
     return Family(tmp_path / "family", width, source)
 
 
+def test_a_restart_goes_on_from_where_the_last_look_came_to_its_end(family: Family, tmp_path: Path) -> None:
+    records = rows(3)
+    add(family, records, horizon=20)
+    assert not family.reached
+    assert reopened(tmp_path).horizon == 20
+
+    family.reach(30)
+    assert family.reached
+    again = reopened(tmp_path)
+    assert again.horizon == 30
+    assert ids(again.snapshot.records) == ids(records)
+
+
 def test_what_was_added_is_there_after_a_restart(family: Family, tmp_path: Path) -> None:
     first, second = rows(3), rows(2)
     pooled = np.concatenate([add(family, first), add(family, second, horizon=30)])

@@ -121,7 +121,7 @@ async def test_deletions_and_restorations_are_seen_at_once(client, family):
 
 
 @pytest.mark.parametrize("broken", ["_TASKS", "_STATES"])
-async def test_a_deletion_is_seen_after_a_look_that_broke_off(client, family, monkeypatch, broken):
+async def test_a_deletion_is_seen_after_a_look_that_broke_off(client, family, app, monkeypatch, broken):
     await register(client, "a")
     assert await found(client) == ["default/a:1"]
     await client.vectors.register("b", vector=np.ones((2, 4), np.float32), initialization="family", task="new")
@@ -133,6 +133,7 @@ async def test_a_deletion_is_seen_after_a_look_that_broke_off(client, family, mo
             await found(client)
 
     assert await found(client) == ["default/b:1"]
+    assert next(iter(app.state["families"]._open.values())).family.reached  # a restart does not begin all over
 
 
 async def test_a_restarted_service_goes_on_with_its_copy_and_knows_what_was_deleted(settings: Settings, tmp_path: Path):

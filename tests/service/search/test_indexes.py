@@ -174,15 +174,21 @@ async def test_an_index_that_another_process_is_making_again_is_not_asked(client
     found = await approximate(client, k=5)
     name = indexes.name_of((await client.initializations.get("family")).id)
     valid = "update pg_index set indisvalid = %s where indexrelid = %s::regclass"
+
+    async def oid(connection: psycopg.AsyncConnection) -> int:
+        return (await (await connection.execute("select %s::regclass::oid", [name])).fetchone())[0]
+
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
         await connection.execute("select pg_advisory_lock(%s)", [indexes.LOCK])
+        before = await oid(connection)
         await connection.execute(valid, [False, name])
         assert (await client.similarity.search("q", k=5, accuracy="approximate")).pool.exact
         for _ in range(3):
             with pytest.raises(errors.Conflict, match="there is no index"):
                 await client.similarity.search("q", k=5, accuracy="approximate")
-            await asyncio.sleep(0.1)  # in which this service does not begin to make it, too
+            await asyncio.sleep(0.1)
 
+        assert await oid(connection) == before  # this service has not made it, too
         await connection.execute(valid, [True, name])
         answer = await client.similarity.search("q", k=5, accuracy="approximate")
     assert (answer.pool.exact, answer.hits) == (False, found.hits)

@@ -88,9 +88,9 @@ def test_two_processes_train_what_one_would(model_paths: dict[str, Path], tmp_pa
     for name, value in alone.items():
         if isinstance(value, Tensor):
             assert torch.equal(together[name], second[name]), f"{name}: the processes have drifted apart"
-            torch.testing.assert_close(together[name], value, rtol=0, atol=1e-6)
+            torch.testing.assert_close(together[name], value, rtol=1e-6, atol=1e-6)
         elif isinstance(value, float):
-            assert together[name] == second[name] == pytest.approx(value, abs=1e-6)
+            assert together[name] == second[name] == pytest.approx(value, rel=1e-6)  # some places of float32
         else:
             assert together[name] == second[name] == value
 

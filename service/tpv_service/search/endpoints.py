@@ -123,7 +123,7 @@ async def _nearest(
         start, *others = await scores.starts(request, [query.initialization, *pool.mixed])
         measure, target, matrix = scores.Measure(metric="cosine"), target + start, matrix + np.array(others)
     found = await run_in_threadpool(_by_comparing_all, measure, target, matrix, pool.ids, pool.where, asked.k)
-    if indexed and asked.ef_search == EF_SEARCH:
+    if indexed and asked.ef_search == EF_SEARCH:  # others say nothing of the usual ones
         request.state.indexes.tried(family, len(pool.matrix), query.pooled, _recall(found, indexed, asked.k))
     return found
 

@@ -8,7 +8,8 @@ log-normal norms, and plain Gaussian as the worst case. Queries are registered v
 is of its ten largest numbers. FAISS is measured where it is installed (`pip install faiss-cpu`), in this process: a
 flat index and HNSW (M 16, efConstruction 64, as pgvector's defaults). While the index of the service is being built,
 one registration after another is timed; between them, as the floor of the disk, how long it takes to write and sync one
-small file. Before the building begins, 500 registrations are timed as the floor of the machine.
+small file. Before the building begins, 500 registrations are timed as the floor of the machine. All files are made
+where `TMPDIR` says: with `TMPDIR=/dev/shm` the disk has no part in it.
 
 A pool of 1,000,000 takes about a quarter of an hour to fill, and longer to index; name it, and beside it a small one:
 `--pools 1000000x768,10000x768` shows what a family of 1 % costs in such a table. With `--no-indexes` none is built, and

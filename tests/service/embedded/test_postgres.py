@@ -54,6 +54,11 @@ def test_the_log_of_a_new_database_has_small_files_and_the_usual_limits(place: P
     assert sizes == {"wal_segment_size": "4MB", "min_wal_size": "80MB", "max_wal_size": "1GB"}
 
 
+def test_the_planner_thinks_of_flash_and_not_of_a_disk_that_turns(place: Path) -> None:
+    with server(place / "data") as running:
+        assert ask(running, "show random_page_cost") == "1.1"
+
+
 def test_socket_is_private_and_there_is_no_tcp_port(place: Path) -> None:
     with server(place / "data") as running:
         socket_dir = (place / "data" / "run").stat()

@@ -27,9 +27,7 @@ log = structlog.get_logger()
 LOCK = 4_927_113_802  #: any number that only the building of these indexes locks
 VECTOR_WIDTH, HALF_WIDTH = 2000, 4000  #: the widest that pgvector's HNSW takes of `vector` and of `halfvec`
 WORTH = 25  #: times the size from which there may be an index: below it, to compare all takes some tenths of a second
-TRIALS = (
-    20  #: different queries whose answers by an index that `auto` compares with exact ones before it trusts the index
-)
+TRIALS = 20  #: different queries of which `auto` compares an index's answers with exact ones before it trusts it
 TRUSTED = 0.95  #: of the exact hits; among vectors that have no near neighbours, a graph finds hardly any
 _PAUSE = 600.0  #: seconds until an index that could not be built is asked for again
 _HALF_LARGEST = 65_504  #: the largest number of half precision
